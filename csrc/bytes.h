@@ -1,0 +1,87 @@
+// Bytes: where hostile input is met. Every bounds check and every little-endian read of csrc/ is in this file.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace zipslicer {
+
+// Who is to blame; module.cc raises the class of zipslicer.errors of the same name.
+enum class Blame : std::uint8_t { archive, program, table, changed, unsupported, unsafe };
+
+// The one exception of csrc/ that is about a file. `offset` counts as the function that throws says.
+class Error : public std::runtime_error {
+ public:
+  Error(Blame who, std::uint64_t where, const std::string& what) : std::runtime_error(what), blame(who), offset(where) {}
+
+  Blame blame;
+  std::uint64_t offset;
+  std::string global_name;  // of an unsafe error only
+};
+
+// A view of bytes that somebody else keeps alive.
+struct Span {
+  const unsigned char* data = nullptr;
+  std::size_t size = 0;
+
+  Span() = default;
+  Span(const void* begin, std::size_t n) : data(static_cast<const unsigned char*>(begin)), size(n) {}
+
+  // REQUIRES: start + n <= size. For ranges that were checked before; a Cursor checks by itself.
+  [[nodiscard]] Span part(std::size_t start, std::size_t n) const { return {data + start, n}; }
+  [[nodiscard]] std::string_view text() const { return {reinterpret_cast<const char*>(data), size}; }
+};
+
+// Reads little-endian values one after the other. Past the end it throws Error(blame, origin + position of `mark`).
+class Cursor {
+ public:
+  Cursor(Span bytes, Blame who, std::uint64_t origin = 0) : bytes_(bytes), blame_(who), origin_(origin) {}
+
+  [[nodiscard]] std::size_t position() const { return at_; }
+  [[nodiscard]] std::size_t left() const { return bytes_.size - at_; }
+  [[nodiscard]] bool at_end() const { return at_ == bytes_.size; }
+
+  // From now on errors name this position: the first byte of the opcode or header that is being read.
+  void mark() { mark_ = at_; }
+  [[nodiscard]] std::uint64_t marked() const { return origin_ + mark_; }
+
+  [[noreturn]] void fail(const std::string& what) const { throw Error(blame_, marked(), what); }
+
+  Span take(std::uint64_t n) {
+    if (n > left()) {
+      fail("truncated: " + std::to_string(n) + " bytes are declared and " + std::to_string(left()) + " are left");
+    }
+    const Span taken = bytes_.part(at_, static_cast<std::size_t>(n));
+    at_ += static_cast<std::size_t>(n);
+    return taken;
+  }
+
+  std::uint8_t u8() { return *take(1).data; }
+  std::uint16_t u16() { return little<std::uint16_t>(take(2).data); }
+  std::uint32_t u32() { return little<std::uint32_t>(take(4).data); }
+  std::uint64_t u64() { return little<std::uint64_t>(take(8).data); }
+
+ private:
+  // Assembled byte by byte: right on any host, and one load on a little-endian one.
+  template <typename T>
+  static T little(const unsigned char* p) {
+    T value = 0;
+    for (std::size_t i = 0; i < sizeof(T); ++i) {
+      value = static_cast<T>(value | static_cast<T>(static_cast<T>(p[i]) << (8 * i)));
+    }
+    return value;
+  }
+
+  Span bytes_;
+  Blame blame_;
+  std::uint64_t origin_;
+  std::size_t at_ = 0;
+  std::size_t mark_ = 0;
+};
+
+}  // namespace zipslicer
