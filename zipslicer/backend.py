@@ -29,7 +29,7 @@ class Reader(Protocol):
 
 
 Handle = Union[int, Reader]  # a POSIX file descriptor, or a Reader
-Actions = Mapping[tuple[str, str], int]  # (module, name) -> Verb | dtype index << 8 | itemsize << 16
+Actions = Mapping[tuple[str, str], int]  # (module, name) -> Verb | dtype index << 8 | itemsize << 16 | traits << 24
 
 
 class Entry:
@@ -78,6 +78,8 @@ class Verb:
 
 
 UNTYPED: Final = 255  # the dtype index of an untyped storage; its itemsize is 1
+DIFFERENTIABLE: Final = 1  # trait of a dtype: a tensor of it may require grad
+COMPLEX: Final = 2  # trait of a dtype: a tensor of it may be conjugated
 
 
 class Kind:

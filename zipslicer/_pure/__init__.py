@@ -1,0 +1,21 @@
+"""The backend in Python: no compiler, any platform. Read it as the specification of csrc/."""
+
+from __future__ import annotations
+
+from .directory import find_directory, parse_directory, parse_local_header
+from .extent import allocate, read_extents, read_record, read_records
+from .machine import scan_pickle
+
+__all__ = [
+    "allocate",
+    "find_directory",
+    "name",
+    "parse_directory",
+    "parse_local_header",
+    "read_extents",
+    "read_record",
+    "read_records",
+    "scan_pickle",
+]
+
+name = "pure"
