@@ -1,0 +1,114 @@
+# Every target makes what it needs: `make demo` and `make test` work on a fresh machine that has Python 3.10 or newer.
+#   make demo     the main job, on a checkpoint it makes, beside torch.load
+#   make test     all tests, on the native backend and then on the pure one
+#   make bench    the table of the README (its own environment, some 5 GB of files in benchmarks/.cache, half an hour)
+#   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
+#   make clean    remove the environments and every build output; benchmarks/.cache goes with `make clean-bench`
+#
+# PYTHON=python3.12      the interpreter of the environments
+# PYTEST_ARGS="-k slice" handed to pytest          BENCH_ARGS="--samples 3" handed to benchmarks/run.py
+# ZIPSLICER_REQUIRE_NATIVE=1  a native module that cannot be built is an error, not a pure install
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo examples test bench lint format clean clean-bench
+
+PYTHON ?= python3
+VENV := .venv
+BENCH := .venv-bench
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+
+BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
+DEV_PACKAGES := $(BUILD_PACKAGES) torch
+BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric
+
+NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc)
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+# ---------------------------------------------------------------- environments, each behind two stamps
+
+define make_venv  # $(1) folder, $(2) packages
+	@echo "== $(1): $(2)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "zipslicer needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { rm -rf $(1); echo "no venv module? on Debian: apt-get install python3-venv"; exit 1; }
+	$(1)/bin/python -m pip install $(PIP_FLAGS) $(2)
+endef
+
+$(VENV)/.packages: constraints.txt
+	$(call make_venv,$(VENV),$(DEV_PACKAGES))
+	@touch $@
+
+# Editable, so that Python files need no reinstall; a change of the C++ or of the build does. Built in this environment
+# (no isolation): the build tools are the pinned ones, and nothing is fetched twice. The extra `dev` of pyproject.toml
+# names the rest of what tests and checks need.
+$(VENV)/.installed: $(VENV)/.packages $(NATIVE_SOURCES)
+	@echo "== zipslicer[dev], editable"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(BENCH)/.packages: constraints.txt
+	$(call make_venv,$(BENCH),$(BENCH_PACKAGES))
+	@touch $@
+
+# The ancestor has the same import name: it lies aside, and only the process that measures it looks there.
+$(BENCH)/zipslicer-0.8.1: $(BENCH)/.packages
+	@rm -rf $@
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ zipslicer==0.8.1
+	@touch $@
+
+# A plain wheel, as users get it.
+$(BENCH)/.installed: $(BENCH)/.packages $(NATIVE_SOURCES) $(wildcard zipslicer/*.py zipslicer/*/*.py)
+	@echo "== zipslicer, as a wheel"
+	$(BENCH)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+# ---------------------------------------------------------------- targets
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/python examples/demo.py
+
+examples: $(VENV)/.installed
+	@$(VENV)/bin/python examples/example_resnet18.py
+
+# Bare pytest, never `python -m pytest`: that one puts the checkout first on the path and would test its files.
+# `cd /` for the same reason. Asking for native raises where there is none, so no run can pass on the wrong backend.
+test: $(VENV)/.installed
+	@status=0; backends="native pure"; \
+	if ! (cd / && ZIPSLICER_BACKEND=native "$(CURDIR)/$(VENV)/bin/python" -c 'import zipslicer; zipslicer.backend()'); then \
+	    if [ "$${ZIPSLICER_REQUIRE_NATIVE:-0}" = 1 ]; then \
+	        echo "no native backend here, and ZIPSLICER_REQUIRE_NATIVE=1 asks for one (make clean, then again?)"; exit 1; \
+	    fi; \
+	    echo "== no native backend was built here (no C++ compiler?): the tests run on pure only"; backends="pure"; \
+	fi; \
+	for backend in $$backends; do \
+	    echo "== tests, backend $$backend"; \
+	    if ZIPSLICER_BACKEND=$$backend $(VENV)/bin/pytest $(PYTEST_ARGS); then summary="$$summary $$backend: passed."; \
+	    else summary="$$summary $$backend: FAILED."; status=1; fi; \
+	done; \
+	echo "== tests:$$summary"; exit $$status
+
+bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
+	$(BENCH)/bin/python benchmarks/make_files.py
+	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	@if [ -f .clang-format ]; then echo clang-format --dry-run --Werror; $(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES); fi
+
+format: $(VENV)/.packages
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
+
+clean:
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-bench:
+	rm -rf benchmarks/.cache
