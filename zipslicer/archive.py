@@ -1,0 +1,210 @@
+"""Archive: the tail of a file in, records by name out.
+
+Opening reads the tail and the central directory, and no local header: where a record's payload begins is predicted from
+the directory, and proved by the read that first fetches it (backend.read_record). `docs/format.md` has the picture.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .backend import ENTRY_FIELDS, Backend, Buffer, Entry
+from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
+from .policy import Limits
+from .source import ByteSource, read_at
+
+__all__ = ["Archive"]
+
+TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
+STORED, DEFLATED = 0, 8
+METHOD_NAMES = {1: "shrink", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
+LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # of the stream format that torch wrote before 1.6
+
+
+class Archive:
+    """The records of one ZIP archive. A record is known by its index in the directory, or by its name below the root.
+
+    Safe for concurrent use: the directory does not change, and a payload offset that two threads prove at once is the same.
+
+    Raises:
+        ArchiveError: the container is damaged, or can be read in two ways.
+        UnsupportedError: the file is something else that torch writes, or is compressed in a way torch does not.
+    """
+
+    def __init__(self, source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None) -> None:
+        self.source = source
+        self.backend = backend
+        self.limits = limits
+        self.window = window
+        self.base, self.nbytes = _window(source, window)
+        try:
+            self._read_directory()
+        except ZipSlicerError as error:
+            raise error.located(path=source.path) from None
+        self._index: dict[bytes, int] | None = None
+
+    def _read_directory(self) -> None:
+        end = self.base + self.nbytes
+        tail_offset = max(self.base, end - TAIL_NBYTES)
+        tail = read_at(self.backend, self.source, tail_offset, end - tail_offset)
+        head = tail[:512] if tail_offset == self.base else read_at(self.backend, self.source, self.base, 512)
+        _refuse_other_formats(head, self.base)
+        offset, nbytes, count = self.backend.find_directory(tail, tail_offset, self.base)
+        if nbytes > self.limits.directory_nbytes:
+            raise ArchiveError(
+                f"the central directory has {nbytes} bytes; Limits(directory_nbytes=...) raises the limit", offset=offset
+            )
+        if offset >= tail_offset:
+            self.block = tail[offset - tail_offset : offset - tail_offset + nbytes]
+        else:
+            self.block = read_at(self.backend, self.source, offset, nbytes)
+        self.entries, prefix_nbytes = self.backend.parse_directory(self.block, count, offset, self.base)
+        self.count = count
+        self._columns = memoryview(self.entries).cast("q")
+        start = self.field(0, Entry.NAME_START)
+        self.root = self.block[start : start + prefix_nbytes]
+
+    def field(self, record: int, field: int) -> int:
+        """One Entry field of a record."""
+        return self._columns[record * ENTRY_FIELDS + field]
+
+    def name(self, record: int) -> str:
+        """A record's whole name, as text for people."""
+        start = self.field(record, Entry.NAME_START)
+        return self.block[start : start + self.field(record, Entry.NAME_NBYTES)].decode("utf-8", "backslashreplace")
+
+    def names(self) -> list[str]:
+        """All records, in directory order."""
+        return [self.name(i) for i in range(self.count)]
+
+    def find(self, name: str) -> int | None:
+        """The record of this name below the archive root, matched literally; None if there is none."""
+        if self._index is None:
+            rows = self._columns.tolist()
+            block, skip = self.block, len(self.root)
+            starts, sizes = rows[Entry.NAME_START :: ENTRY_FIELDS], rows[Entry.NAME_NBYTES :: ENTRY_FIELDS]
+            self._index = {block[s + skip : s + n]: i for i, (s, n) in enumerate(zip(starts, sizes))}
+        return self._index.get(name.encode("utf-8", "surrogatepass"))
+
+    def record(self, name: str) -> int:
+        """As find, but a missing record is an error. Raises: ArchiveError."""
+        found = self.find(name)
+        if found is None:
+            raise ArchiveError(f"the archive has no record {name!r}", path=self.source.path)
+        return found
+
+    def is_stored(self, record: int) -> bool:
+        """Whether a record's bytes lie in the file as they are. Raises: UnsupportedError for a foreign compression."""
+        method = self.field(record, Entry.METHOD)
+        if method not in (STORED, DEFLATED):
+            name = METHOD_NAMES.get(method, f"method {method}")
+            raise UnsupportedError(
+                f"record {self.name(record)!r} is compressed with {name}; torch.save stores, and zip -0 does so again",
+                offset=self.field(record, Entry.HEADER_OFFSET),
+                path=self.source.path,
+            )
+        return method == STORED
+
+    def read(self, record: int, limit: int | None = None) -> bytes:
+        """A whole record, inflated if need be. For small records and programs; `limit` bounds its bytes.
+
+        Raises: ArchiveError, UnsupportedError, ChangedError, OSError; ProgramError where the limit is passed.
+        """
+        nbytes = self.field(record, Entry.NBYTES)
+        limits = self.limits
+        if limit is not None and nbytes > limit:
+            raise ProgramError(
+                f"record {self.name(record)!r} has {nbytes} bytes; the limit is {limit} (see zipslicer.Limits)",
+                path=self.source.path,
+            )
+        if self.is_stored(record):
+            return bytes(self._read(record, 0, nbytes))
+        stored = self.field(record, Entry.STORED_NBYTES)
+        if limit is not None and nbytes > min(limits.inflated_nbytes, limits.inflated_ratio * max(stored, 1024)):
+            raise ProgramError(
+                f"record {self.name(record)!r} inflates from {stored} to {nbytes} bytes; see zipslicer.Limits",
+                path=self.source.path,
+            )
+        return self._inflate(record, self._read(record, 0, stored), nbytes)
+
+    def _read(self, record: int, start: int, nbytes: int) -> Buffer:
+        source = self.source
+        try:
+            return self.backend.read_record(source.handle, source.stamp, self.block, self.entries, record, start, nbytes)
+        except ZipSlicerError as error:
+            raise error.located(path=source.path, record=self.name(record)) from None
+
+    def _inflate(self, record: int, packed: Buffer, nbytes: int) -> bytes:
+        """Exactly nbytes, out of exactly these bytes: torch.load hands out uninitialised memory here when they are damaged."""
+        machine = zlib.decompressobj(-15)
+        try:
+            made = machine.decompress(packed, nbytes + 1)
+        except zlib.error as error:
+            raise ArchiveError(
+                f"the deflated data of a record is damaged: {error}", record=self.name(record), path=self.source.path
+            ) from None
+        if len(made) != nbytes or not machine.eof or machine.unused_data or machine.unconsumed_tail:
+            raise ArchiveError(
+                f"a deflated record does not give the {nbytes} bytes that the directory names",
+                record=self.name(record),
+                path=self.source.path,
+            )
+        return made
+
+    def read_into(self, jobs: Sequence[tuple[int, int, int, int, int]], buffers: Sequence[Buffer], threads: int) -> None:
+        """Many parts of stored records at once; `jobs` are rows of backend.Job."""
+        source = self.source
+        flat = array("q")
+        for job in jobs:
+            flat.extend(job)
+        try:
+            self.backend.read_records(
+                source.handle, source.stamp, self.block, self.entries, flat.tobytes(), buffers, threads
+            )
+        except ZipSlicerError as error:
+            record = self._record_at(error.offset, (job[0] for job in jobs))
+            raise error.located(path=source.path, record=None if record is None else self.name(record)) from None
+
+    def _record_at(self, offset: int | None, records: Iterable[int]) -> int | None:
+        """Which of the records that were asked for an error's file offset lies in."""
+        if offset is None:
+            return None
+        for record in records:
+            if self.field(record, Entry.HEADER_OFFSET) <= offset < self.field(record, Entry.LIMIT):
+                return record
+        return None
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _window(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:
+    if window is None:
+        return 0, source.size
+    offset, nbytes = window
+    if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
+        raise ValueError(f"window={window} does not lie in a file of {source.size} bytes")
+    return offset, nbytes
+
+
+def _refuse_other_formats(head: bytes, base: int) -> None:
+    """Name what a file is, where that is known and it is no ZIP archive."""
+    if head[:4] == b"PK\x03\x04":
+        return
+    if LEGACY_MAGIC in head[:16]:
+        raise UnsupportedError(
+            "this is a file of torch 1.5 or older (or of _use_new_zipfile_serialization=False); torch.load reads it, and "
+            "torch.save writes it as an archive",
+            offset=base,
+        )
+    if head[257:262] == b"ustar":
+        raise UnsupportedError("this is a tar file of a torch before 0.1.10", offset=base)
+    if head.startswith(b"version https://git-lfs"):
+        raise ArchiveError("this is a Git LFS pointer, not the file it points to: run `git lfs pull`", offset=base)
+    if not head:
+        raise ArchiveError("the file is empty", offset=base)
+    # torch.load goes by these four bytes too; a ZIP that begins later is one that two readers see differently.
+    raise ArchiveError(f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with b'PK\\x03\\x04'", offset=base)

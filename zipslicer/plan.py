@@ -1,0 +1,185 @@
+"""Plan: rows or slices wanted in, byte ranges to read out. Pure arithmetic: no I/O, no torch.
+
+A geometry is (storage_offset, sizes, strides), in elements, as torch has it; strides out of a file are never negative.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Geometry", "Sliced", "hull", "index", "is_contiguous", "numel", "pieces"]
+
+LONG_RUN = 512  # bytes; shorter runs are cheaper read with what lies between them than named one by one
+FAR_APART = 16384  # bytes between runs from which on skipping is cheaper than reading through, whatever the run
+SLAB = 8 << 20  # bytes; what is read through at once
+MAX_RUNS = 1 << 16  # of one read; bounds the list that names them
+
+
+class Geometry(NamedTuple):
+    """Where the elements of a tensor lie in its storage."""
+
+    storage_offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Sliced(NamedTuple):
+    """A basic index applied to a geometry, before `flips`: the dimensions of the result that run backwards."""
+
+    geometry: Geometry
+    flips: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A part of a slice that is read in one go.
+
+    part: which part of the result it fills: (dimension, start, length) cuts to narrow it by, one after the other.
+    geometry: where that part lies in the storage.
+    runs: the storage_offset of each contiguous run of `run_numel` elements, in the result's own order; empty where the
+        hull of the geometry is to be read through.
+    """
+
+    part: tuple[tuple[int, int, int], ...]
+    geometry: Geometry
+    runs: list[int]
+    run_numel: int
+
+
+def numel(sizes: Sequence[int]) -> int:
+    count = 1
+    for n in sizes:
+        count *= n
+    return count
+
+
+def hull(geometry: Geometry) -> int:
+    """How many elements lie between the first and the last one, both included; 0 for an empty tensor."""
+    last = 0
+    for n, stride in zip(geometry.sizes, geometry.strides):
+        if n == 0:
+            return 0
+        last += (n - 1) * stride
+    return last + 1
+
+
+def is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements lie one after the other in row-major order, as torch decides it."""
+    expected = 1
+    for n, stride in zip(reversed(sizes), reversed(strides)):
+        if n == 0:
+            return True
+        if n != 1:
+            if stride != expected:
+                return False
+            expected *= n
+    return True
+
+
+def index(geometry: Geometry, wanted: Any) -> Sliced:
+    """NumPy's basic indexing: integers, slices of any step, ..., None, and tuples of these.
+
+    Raises:
+        IndexError: an integer out of range, or more indices than dimensions.
+        TypeError: an index that is not basic (a list, an array, a boolean).
+        ValueError: a slice of step 0.
+    """
+    items = list(wanted) if isinstance(wanted, tuple) else [wanted]
+    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1:
+        raise IndexError("an index can have only one ellipsis ('...')")
+    ndim = len(geometry.sizes)
+    used = sum(1 for item in items if item is not None and item is not Ellipsis)
+    if used > ndim:
+        raise IndexError(f"too many indices: the tensor has {ndim} dimensions, the index {used}")
+    fill = [slice(None)] * (ndim - used)
+    if ellipses:
+        items[ellipses[0] : ellipses[0] + 1] = fill
+    else:
+        items += fill
+    offset = geometry.storage_offset
+    sizes: list[int] = []
+    strides: list[int] = []
+    flips: list[int] = []
+    dim = 0
+    for item in items:
+        if item is None:
+            sizes.append(1)
+            strides.append(0)
+            continue
+        n, stride = geometry.sizes[dim], geometry.strides[dim]
+        if isinstance(item, slice):
+            steps = range(*item.indices(n))
+            if steps.step < 0:
+                flips.append(len(sizes))
+                steps = steps[::-1]
+            if len(steps):
+                offset += steps[0] * stride
+            sizes.append(len(steps))
+            strides.append(stride * steps.step if len(steps) > 1 else stride)
+        else:
+            offset += _integer(item, n, dim) * stride
+        dim += 1
+    return Sliced(Geometry(offset, tuple(sizes), tuple(strides)), tuple(flips))
+
+
+def _integer(item: Any, n: int, dim: int) -> int:
+    if isinstance(item, bool) or not hasattr(item, "__index__"):
+        raise TypeError(
+            f"a slice is read by basic indexing: integers, slices, ... and None, not {type(item).__name__}; "
+            "read the tensor and index that"
+        )
+    place = operator.index(item)
+    if not -n <= place < n:
+        raise IndexError(f"index {place} is out of bounds for dimension {dim} with size {n}")
+    return place + n if place < 0 else place
+
+
+def pieces(geometry: Geometry, itemsize: int) -> Iterator[Piece]:
+    """How to read a slice, in pieces of bounded size.
+
+    A dense one is a single piece. Otherwise its contiguous runs are named one by one where they are long or far apart;
+    where they are short and near, the stretch they lie in is read through, a slab at a time.
+    """
+    yield from _pieces((), geometry, itemsize)
+
+
+def _pieces(part: tuple[tuple[int, int, int], ...], geometry: Geometry, itemsize: int) -> Iterator[Piece]:
+    asked = numel([n for n, stride in zip(geometry.sizes, geometry.strides) if stride]) * itemsize
+    through = hull(geometry) * itemsize
+    if through <= asked + asked // 20 + 4096:
+        yield Piece(part, geometry, [], 0)
+        return
+    run_numel, outer = _runs(geometry)
+    run_nbytes = run_numel * itemsize
+    count = numel([n for n, _ in outer])
+    nearest = min((stride for n, stride in outer if n > 1 and stride), default=0) * itemsize
+    if run_nbytes >= LONG_RUN or nearest - run_nbytes >= FAR_APART:
+        if count <= MAX_RUNS:
+            starts = [geometry.storage_offset]
+            for n, stride in outer:
+                starts = [start + i * stride for start in starts for i in range(n)]
+            yield Piece(part, geometry, starts, run_numel)
+            return
+    elif through <= SLAB:
+        yield Piece(part, geometry, [], 0)
+        return
+    # Too much at once: cut the dimension that spans most, which leaves the cuts in file order.
+    dim = max(range(len(geometry.sizes)), key=lambda d: (geometry.sizes[d] > 1, geometry.strides[d]))
+    n, stride = geometry.sizes[dim], geometry.strides[dim]
+    step = max(1, min(n // 2, SLAB // max(1, stride * itemsize)))
+    for start in range(0, n, step):
+        length = min(step, n - start)
+        sizes = (*geometry.sizes[:dim], length, *geometry.sizes[dim + 1 :])
+        cut = Geometry(geometry.storage_offset + start * stride, sizes, geometry.strides)
+        yield from _pieces((*part, (dim, start, length)), cut, itemsize)
+
+
+def _runs(geometry: Geometry) -> tuple[int, list[tuple[int, int]]]:
+    """The longest run of elements that is contiguous in the result's own order, and the (size, stride) around it."""
+    run = 1
+    dims = list(zip(geometry.sizes, geometry.strides))
+    while dims and (dims[-1][1] == run or dims[-1][0] == 1):
+        run *= dims.pop()[0]
+    return run, dims

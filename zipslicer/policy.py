@@ -1,0 +1,414 @@
+"""Policy: every global a pickle may name and what it means; the inert Placeholder; the Limits.
+
+A global is a pair of strings, looked up here by exact match and nowhere else. Nothing is imported, resolved or called by
+a name out of a file: `construct` makes the few plain Python values below from arguments it has checked, by its own hand.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Verb
+from .backend import Limits as MachineLimits
+
+__all__ = ["DTYPES", "NOT_PLAIN", "Limits", "Meaning", "Placeholder", "actions", "construct", "describe", "machine_limits", "meaning_of"]
+
+
+class Dtype(NamedTuple):
+    """A torch dtype, without torch."""
+
+    name: str  # torch.<name>
+    itemsize: int  # bytes an element
+    unit: int  # bytes that a foreign byte order reverses: half an element for complex numbers
+    storage: str | None  # torch.<storage>, the class of its persistent ids; None where they are untyped (v3)
+    code: str | None  # its name in safetensors
+    traits: int
+
+
+_F, _C = DIFFERENTIABLE, DIFFERENTIABLE | COMPLEX
+
+# The order is part of nothing on disk: an index lives as long as one open file.
+DTYPES: Final[tuple[Dtype, ...]] = (
+    Dtype("uint8", 1, 1, "ByteStorage", "U8", 0),
+    Dtype("int8", 1, 1, "CharStorage", "I8", 0),
+    Dtype("int16", 2, 2, "ShortStorage", "I16", 0),
+    Dtype("int32", 4, 4, "IntStorage", "I32", 0),
+    Dtype("int64", 8, 8, "LongStorage", "I64", 0),
+    Dtype("float16", 2, 2, "HalfStorage", "F16", _F),
+    Dtype("float32", 4, 4, "FloatStorage", "F32", _F),
+    Dtype("float64", 8, 8, "DoubleStorage", "F64", _F),
+    Dtype("bfloat16", 2, 2, "BFloat16Storage", "BF16", _F),
+    Dtype("bool", 1, 1, "BoolStorage", "BOOL", 0),
+    Dtype("complex64", 8, 4, "ComplexFloatStorage", "C64", _C),
+    Dtype("complex128", 16, 8, "ComplexDoubleStorage", None, _C),
+    Dtype("qint8", 1, 1, "QInt8Storage", None, 0),
+    Dtype("quint8", 1, 1, "QUInt8Storage", None, 0),
+    Dtype("qint32", 4, 4, "QInt32Storage", None, 0),
+    Dtype("quint4x2", 1, 1, "QUInt4x2Storage", None, 0),
+    Dtype("quint2x4", 1, 1, "QUInt2x4Storage", None, 0),
+    Dtype("uint16", 2, 2, None, "U16", 0),
+    Dtype("uint32", 4, 4, None, "U32", 0),
+    Dtype("uint64", 8, 8, None, "U64", 0),
+    Dtype("complex32", 4, 2, None, None, _C),
+    Dtype("float8_e5m2", 1, 1, None, "F8_E5M2", _F),
+    Dtype("float8_e4m3fn", 1, 1, None, "F8_E4M3", _F),
+    Dtype("float8_e5m2fnuz", 1, 1, None, "F8_E5M2FNUZ", _F),
+    Dtype("float8_e4m3fnuz", 1, 1, None, "F8_E4M3FNUZ", _F),
+    Dtype("float8_e8m0fnu", 1, 1, None, "F8_E8M0", _F),
+    Dtype("float4_e2m1fn_x2", 1, 1, None, "F4", _F),
+    Dtype("bits8", 1, 1, None, None, 0),
+    Dtype("bits16", 2, 2, None, None, 0),
+    Dtype("bits1x8", 1, 1, None, None, 0),
+    Dtype("bits2x4", 1, 1, None, None, 0),
+    Dtype("bits4x2", 1, 1, None, None, 0),
+)
+
+_ALIASES = {"half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32", "long": "int64"}
+
+
+class Meaning:
+    """What a global that the machine leaves alone means to us."""
+
+    STRANGER: Final = 0
+    SET: Final = 1
+    FROZENSET: Final = 2
+    BYTES: Final = 3
+    BYTEARRAY: Final = 4
+    COMPLEX_NUMBER: Final = 5
+    ENCODE: Final = 6
+    COUNTER: Final = 7
+    DEFAULTDICT: Final = 8
+    RANGE: Final = 9
+    SLICE: Final = 10
+    FACTORY: Final = 11  # a builtin type that stands as the factory of a defaultdict
+    PARTIAL: Final = 12
+    LAST_PLAIN: Final = 12  # up to here construct() makes the value; from here on tensors.py does, with torch or NumPy
+    SIZE: Final = 20
+    DEVICE: Final = 21
+    DTYPE: Final = 22
+    LAYOUT: Final = 23
+    QSCHEME: Final = 24
+    MEMORY_FORMAT: Final = 25
+    PARAMETER: Final = 26
+    PARAMETER_WITH_STATE: Final = 27
+    NUMPY_ARRAY: Final = 30
+    NUMPY_NDARRAY: Final = 31
+    NUMPY_DTYPE: Final = 32
+    NUMPY_SCALAR: Final = 33
+    NUMPY_BUFFER: Final = 34
+
+
+_PLAIN: dict[str, dict[str, int]] = {
+    "builtins": {
+        "set": Meaning.SET,
+        "frozenset": Meaning.FROZENSET,
+        "bytes": Meaning.BYTES,
+        "bytearray": Meaning.BYTEARRAY,
+        "complex": Meaning.COMPLEX_NUMBER,
+        "range": Meaning.RANGE,
+        "slice": Meaning.SLICE,
+        "list": Meaning.FACTORY,
+        "dict": Meaning.FACTORY,
+        "int": Meaning.FACTORY,
+        "float": Meaning.FACTORY,
+        "str": Meaning.FACTORY,
+        "bool": Meaning.FACTORY,
+    },
+    "_codecs": {"encode": Meaning.ENCODE},
+    "collections": {"Counter": Meaning.COUNTER, "defaultdict": Meaning.DEFAULTDICT},
+    "functools": {"partial": Meaning.PARTIAL},
+    "torch": {
+        "Size": Meaning.SIZE,
+        "device": Meaning.DEVICE,
+        "per_tensor_affine": Meaning.QSCHEME,
+        "per_channel_affine": Meaning.QSCHEME,
+        "per_tensor_symmetric": Meaning.QSCHEME,
+        "per_channel_symmetric": Meaning.QSCHEME,
+        "per_channel_affine_float_qparams": Meaning.QSCHEME,
+    },
+    "torch.serialization": {"_get_layout": Meaning.LAYOUT},
+    "torch._utils": {
+        "torch.contiguous_format": Meaning.MEMORY_FORMAT,
+        "torch.channels_last": Meaning.MEMORY_FORMAT,
+        "torch.channels_last_3d": Meaning.MEMORY_FORMAT,
+        "torch.preserve_format": Meaning.MEMORY_FORMAT,
+        "_rebuild_parameter": Meaning.PARAMETER,
+        "_rebuild_parameter_with_state": Meaning.PARAMETER_WITH_STATE,
+    },
+    "numpy": {"ndarray": Meaning.NUMPY_NDARRAY, "dtype": Meaning.NUMPY_DTYPE},
+    # NumPy 2 moved its core to numpy._core; a file has the names of the NumPy that wrote it.
+    "numpy._core.multiarray": {"_reconstruct": Meaning.NUMPY_ARRAY, "scalar": Meaning.NUMPY_SCALAR},
+    "numpy.core.multiarray": {"_reconstruct": Meaning.NUMPY_ARRAY, "scalar": Meaning.NUMPY_SCALAR},
+    "numpy._core.numeric": {"_frombuffer": Meaning.NUMPY_BUFFER},
+    "numpy.core.numeric": {"_frombuffer": Meaning.NUMPY_BUFFER},
+}
+
+# Protocols 0 to 2 write the names that Python 2 knew.
+_PYTHON2_MODULES = {"builtins": ("__builtin__",)}
+_PYTHON2_NAMES = {"range": "xrange", "int": "long", "str": "unicode"}
+
+_MACHINE: dict[tuple[str, str], int] = {
+    ("collections", "OrderedDict"): Verb.ORDERED_DICT,
+    ("torch._utils", "_rebuild_tensor"): Verb.TENSOR,
+    ("torch._utils", "_rebuild_tensor_v2"): Verb.TENSOR_V2,
+    ("torch._utils", "_rebuild_tensor_v3"): Verb.TENSOR_V3,
+    ("torch._tensor", "_rebuild_from_type_v2"): Verb.TYPED,
+    ("torch._tensor", "_rebuild_from_type"): Verb.TYPED,
+    ("torch.tensor", "_rebuild_from_type"): Verb.TYPED,
+    ("torch", "Size"): Verb.SIZE,
+}
+
+
+def _tables() -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+    """-> (actions for the machine, meanings for us), each by (module, name)."""
+    meanings: dict[tuple[str, str], int] = {}
+    for module, names in _PLAIN.items():
+        for name, meaning in names.items():
+            meanings[module, name] = meaning
+            for old in _PYTHON2_MODULES.get(module, ()):
+                meanings[old, name] = meaning
+                if name in _PYTHON2_NAMES:
+                    meanings[old, _PYTHON2_NAMES[name]] = meaning
+    acts = dict.fromkeys(meanings, int(Verb.NONE))
+    acts.update(_MACHINE)
+    for index, dtype in enumerate(DTYPES):
+        facts = index << 8 | dtype.itemsize << 16 | dtype.traits << 24
+        for spelling in (dtype.name, *(short for short, name in _ALIASES.items() if name == dtype.name)):
+            acts["torch", spelling] = Verb.DTYPE | facts
+            meanings["torch", spelling] = Meaning.DTYPE
+        if dtype.storage:
+            acts["torch", dtype.storage] = Verb.STORAGE | facts
+            acts["torch.cuda", dtype.storage] = Verb.STORAGE | facts  # as old files have it
+    acts["torch.storage", "UntypedStorage"] = Verb.STORAGE | UNTYPED << 8 | 1 << 16
+    # Known names that have no meaning of their own here: as a value each is an inert placeholder.
+    for known in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")):
+        acts[known] = int(Verb.NONE)
+    return acts, meanings
+
+
+_ACTIONS, _MEANINGS = _tables()
+
+
+def actions() -> Mapping[tuple[str, str], int]:
+    """What the pickle machine is told of globals; see backend.Actions."""
+    return _ACTIONS
+
+
+def meaning_of(module: str, name: str) -> int:
+    """A Meaning; STRANGER for what is not in the table."""
+    return _MEANINGS.get((module, name), Meaning.STRANGER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a file may ask of us before a tensor is touched. Raise one where a real file needs it.
+
+    Attributes:
+        program_nbytes: of a record that holds a pickle. 1 GiB is 8 million tensors.
+        inflated_nbytes: of such a record when it is deflated; torch.save never compresses.
+        inflated_ratio: inflated bytes for each byte in the file; a pickle compresses about 20 to 1.
+        directory_nbytes: of the central directory. 1 GiB is 16 million records.
+        depth: of nesting. Python's own pickler cannot write much more, and whoever prints or compares the result recurses.
+        dimensions: of a tensor; torch itself stops at 64.
+        text_nbytes: of a line (a global's module or name).
+        long_nbytes: of an integer beyond 64 bits.
+        tuple_keys: dict keys that are tuples. Python hashes tuples without a secret, so that thousands can be made to collide.
+    """
+
+    program_nbytes: int = 1 << 30
+    inflated_nbytes: int = 64 << 20
+    inflated_ratio: int = 100
+    directory_nbytes: int = 1 << 30
+    depth: int = 1000
+    dimensions: int = 64
+    text_nbytes: int = 1 << 16
+    long_nbytes: int = 1 << 16
+    tuple_keys: int = 4096
+
+
+def machine_limits(limits: Limits, refuse_unknown: bool) -> MachineLimits:
+    return MachineLimits(
+        limits.depth, limits.dimensions, limits.text_nbytes, limits.long_nbytes, limits.tuple_keys, refuse_unknown
+    )
+
+
+class Placeholder:
+    """Stands for what the file names and zipslicer does not build: inert, and readable.
+
+    Attributes of the pickled object are attributes here (``hp.lr``), list items and dict items are items (``hp["lr"]``).
+    What zipslicer itself knows of it comes from `describe(placeholder)`, so that no name in a file can hide it or be
+    hidden by it. A placeholder is never called, never equal to anything but itself, and never pickled: a round trip
+    would put the original global back into a file.
+    """
+
+    __slots__ = ("__weakref__", "_zipslicer")
+
+    _zipslicer: Description
+
+    def __init__(self, description: Description) -> None:
+        object.__setattr__(self, "_zipslicer", description)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only where ordinary look-up found nothing, so never for a dunder that object has.
+        if not (name.startswith("__") and name.endswith("__")):
+            attributes = object.__getattribute__(self, "_zipslicer").attributes
+            if name in attributes:
+                return attributes[name]
+        about = object.__getattribute__(self, "_zipslicer")
+        raise AttributeError(f"placeholder of {_quoted(about.qualified)} has no attribute {name!r} in the file")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a placeholder cannot be changed")
+
+    def __getitem__(self, key: Any) -> Any:
+        about = self._zipslicer
+        if isinstance(key, int) and not isinstance(key, bool) and about.list_items and key not in about.items:
+            return about.list_items[key]
+        return about.items[key]
+
+    def __dir__(self) -> list[str]:
+        return sorted(n for n in self._zipslicer.attributes if isinstance(n, str) and n.isidentifier())
+
+    def __repr__(self) -> str:
+        about = self._zipslicer
+        shown = [_short(a) for a in about.args[:4]]
+        shown += [f"{_quoted(str(k), 40)}={_short(v)}" for k, v in list(about.attributes.items())[:8]]
+        more = len(about.args) + len(about.attributes) - len(shown)
+        count = len(about.list_items) + len(about.items)
+        if more > 0:
+            shown.append(f"... {more} more")
+        if count:
+            shown.append(f"{count} item" + "s" * (count > 1))
+        return f"<placeholder {_quoted(about.qualified)}({', '.join(shown)})>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"a placeholder is not pickled: it stands for {_quoted(self._zipslicer.qualified)}, which was not built")
+
+    def __copy__(self) -> Placeholder:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Placeholder:
+        return self
+
+
+@dataclasses.dataclass
+class Description:
+    """What a file says of one placeholder.
+
+    Attributes:
+        module, name: the global, as the file spells it.
+        called: False for a global that stands as a value, True for what would have been made by calling it.
+        args, kwargs: what it would have been called with.
+        state: what BUILD would have given it, or None.
+        attributes: the state as attributes, where it is a dict, or a dict and a dict of slots.
+        list_items, items: what would have been appended to it and set in it.
+    """
+
+    module: str
+    name: str
+    called: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    state: Any = None
+    attributes: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    list_items: list[Any] = dataclasses.field(default_factory=list)
+    items: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def qualified(self) -> str:
+        """``module.name``."""
+        return f"{self.module}.{self.name}"
+
+
+def describe(placeholder: Placeholder) -> Description:
+    """What the file says of a placeholder: its global, arguments, state and items."""
+    if type(placeholder) is not Placeholder:
+        raise TypeError(f"describe() takes a Placeholder, not {type(placeholder).__name__}")
+    return placeholder._zipslicer
+
+
+def _quoted(text: str, limit: int = 120) -> str:
+    """Text out of a file, for a terminal: printable, bounded."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return text if len(text) <= limit else text[:limit]
+
+
+def _short(value: Any) -> str:
+    """A value in a few characters, without descending into it or calling any code of its own."""
+    if type(value) is str:
+        return _quoted(repr(value[:40]))
+    if value is None or type(value) in (bool, int, float):
+        return _quoted(repr(value), 40) if not isinstance(value, int) or abs(value) < 1 << 64 else "<large int>"
+    if type(value) is Placeholder:
+        return f"<{_quoted(value._zipslicer.qualified, 60)}>"
+    return f"<{type(value).__name__}>"
+
+
+NOT_PLAIN: Final = object()  # construct(): not one of the calls that are ever written; a placeholder will stand for it
+
+_FACTORIES: dict[str, Callable[..., Any]] = {
+    "list": list, "dict": dict, "int": int, "long": int, "float": float, "str": str, "unicode": str, "bool": bool, "set": set
+}  # fmt: skip
+_ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
+
+
+def construct(meaning: int, name: str, args: Sequence[Any]) -> Any:
+    """A plain Python value from a call in the file, or NOT_PLAIN.
+
+    Only what Python's own pickler writes is taken: no size is ever an argument (bytearray(1 << 40)), and no codec but
+    the three that carry bytes.
+    """
+    count = len(args)
+    if meaning == Meaning.SET or meaning == Meaning.FROZENSET:
+        if count == 1 and type(args[0]) in (list, tuple):
+            return _hashed(set if meaning == Meaning.SET else frozenset, args[0])
+        return (set() if meaning == Meaning.SET else frozenset()) if not count else NOT_PLAIN
+    if meaning == Meaning.ENCODE:
+        if count == 2 and type(args[0]) is str and args[1] in _ENCODINGS:
+            try:
+                return args[0].encode(args[1])
+            except UnicodeEncodeError:
+                return NOT_PLAIN
+        return NOT_PLAIN
+    if meaning == Meaning.BYTES or meaning == Meaning.BYTEARRAY:
+        made = bytes if meaning == Meaning.BYTES else bytearray
+        if not count:
+            return made()
+        if count == 1 and type(args[0]) in (bytes, bytearray):
+            return made(args[0])
+        if count == 2 and type(args[0]) is str and args[1] in _ENCODINGS:
+            try:
+                return made(args[0].encode(args[1]))
+            except UnicodeEncodeError:
+                return NOT_PLAIN
+        return NOT_PLAIN
+    if meaning == Meaning.COMPLEX_NUMBER:
+        return complex(*args) if count == 2 and all(type(a) is float for a in args) else NOT_PLAIN
+    if meaning == Meaning.COUNTER:
+        if not count:
+            return collections.Counter()
+        return collections.Counter(args[0]) if count == 1 and isinstance(args[0], dict) and all(type(v) is int for v in args[0].values()) else NOT_PLAIN
+    if meaning == Meaning.DEFAULTDICT:
+        if not count:
+            return collections.defaultdict()
+        factory = args[0] if count == 1 else NOT_PLAIN
+        if factory is None:
+            return collections.defaultdict()
+        about = describe(factory) if type(factory) is Placeholder else None
+        if about and not about.called and meaning_of(about.module, about.name) in (Meaning.FACTORY, Meaning.SET):
+            return collections.defaultdict(_FACTORIES[about.name])
+        return NOT_PLAIN
+    if meaning == Meaning.RANGE:
+        return range(*args) if count == 3 and all(type(a) is int for a in args) and args[2] else NOT_PLAIN
+    if meaning == Meaning.SLICE:
+        return slice(*args) if count == 3 and all(a is None or type(a) is int for a in args) else NOT_PLAIN
+    return NOT_PLAIN
+
+
+def _hashed(made: Callable[[Any], Any], values: Any) -> Any:
+    """A set of plain scalars; anything else could be made to collide, or cannot be hashed."""
+    small = all(v is None or type(v) in (bool, float, str, bytes, Placeholder) or (type(v) is int and abs(v) < 1 << 63) for v in values)
+    return made(values) if small else NOT_PLAIN

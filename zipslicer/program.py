@@ -1,0 +1,420 @@
+"""Program: a record that holds a pickle in, a node graph in columns out; objects are built from it on touch.
+
+The backend's machine has made the graph and checked it; here it gets its names (kinds, children, rows), and `build`
+turns a part of it into Python objects: bottom up, by a stack of our own, with every node built once, so that neither
+depth nor sharing in a file costs more than its bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .archive import Archive
+from .backend import (
+    FIRST_NODE_KIND,
+    NODE_FIELDS,
+    STORAGE_FIELDS,
+    TENSOR_FIELDS,
+    Graph,
+    Kind,
+    NodeField,
+)
+from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
+from .policy import (
+    NOT_PLAIN,
+    Description,
+    Limits,
+    Meaning,
+    Placeholder,
+    actions,
+    construct,
+    machine_limits,
+    meaning_of,
+)
+
+__all__ = ["MISSING", "Program", "Special", "run_program"]
+
+MISSING: Any = object()  # no such object yet, or no such part
+CALLABLE, ARGS, KWARGS, STATE, PARTS = range(5)  # the children of a CALL or OBJECT, before its items
+
+Leaf = Callable[[int, int], Any]  # (kind, payload) of a TENSOR or STORAGE -> the object that stands for it
+Special = Callable[[int, str, Sequence[Any], Any], Any]  # (meaning, name, args, state) -> a value, or NOT_PLAIN
+
+
+class Program:
+    """A graph, and the questions asked of it. A position is the place of a value; a node id that of a container."""
+
+    def __init__(self, graph: Graph, allow: Mapping[str, Any]) -> None:
+        self.kinds = graph.kinds
+        self.payloads = memoryview(graph.payloads).cast("q")
+        self.nodes = memoryview(graph.nodes).cast("q")
+        self.strings = graph.strings
+        self.blobs = graph.blobs
+        self.longs = graph.longs
+        self.globals = graph.globals
+        self.storages = memoryview(graph.storages).cast("q")
+        self.storage_keys = graph.storage_keys
+        self.locations = graph.locations
+        self.tensors = graph.tensors  # unpacked a row at a time, see table.TensorTable
+        self.dims = memoryview(graph.dims).cast("q")
+        self.node_count = len(self.nodes) // NODE_FIELDS
+        self.tensor_count = len(graph.tensors) // (8 * TENSOR_FIELDS)
+        self.storage_count = len(self.storages) // STORAGE_FIELDS
+        self._allow = allow
+        self._with_tensors: bytearray | None = None
+        self._meanings = [meaning_of(module, name) for module, name in graph.globals]
+
+    def span(self, node: int) -> tuple[int, int]:
+        """The positions [start, end) of a node's children."""
+        start = self.nodes[node * NODE_FIELDS + NodeField.START]
+        return start, start + self.nodes[node * NODE_FIELDS + NodeField.COUNT]
+
+    def kind(self, node: int) -> int:
+        return self.nodes[node * NODE_FIELDS + NodeField.KIND]
+
+    def pairs(self, node: int) -> range:
+        """The positions of a mapping's keys; each value is at the next position. A CALL's are after its list items."""
+        start, end = self.span(node)
+        if self.kind(node) in (Kind.CALL, Kind.OBJECT):
+            start += PARTS - 1 + self.nodes[node * NODE_FIELDS + NodeField.APPENDS]
+        return range(start, end - (end - start) % 2, 2)
+
+    def state_position(self, node: int) -> int | None:
+        """Where what BUILD gave to an ORDERED_DICT, CALL or OBJECT is; None where there was no BUILD."""
+        start, end = self.span(node)
+        if self.kind(node) == Kind.ORDERED_DICT:
+            return end - 1 if (end - start) % 2 else None
+        return start + STATE if self.kinds[start + STATE] != Kind.ABSENT else None
+
+    def appended(self, node: int) -> range:
+        """The positions of the list items of a CALL or OBJECT."""
+        start, _ = self.span(node)
+        return range(start + PARTS - 1, start + PARTS - 1 + self.nodes[node * NODE_FIELDS + NodeField.APPENDS])
+
+    def meaning(self, node: int) -> int:
+        """What the callable of a CALL means to us; STRANGER for an OBJECT, which policy never builds."""
+        start, _ = self.span(node)
+        if self.kind(node) != Kind.CALL or self.kinds[start] != Kind.GLOBAL:
+            return Meaning.STRANGER
+        return self._meanings[self.payloads[start]]
+
+    def is_mapping(self, node: int) -> bool:
+        """Whether a node is a dict of some class that we know."""
+        kind = self.kind(node)
+        return kind in (Kind.DICT, Kind.ORDERED_DICT) or (kind == Kind.CALL and self.meaning(node) == Meaning.DEFAULTDICT)
+
+    def with_tensors(self) -> bytearray:
+        """For each node 1 if a tensor or storage is below it. Found once, from the tensors up."""
+        if self._with_tensors is None:
+            parents: dict[int, list[int]] = collections.defaultdict(list)
+            found = bytearray(self.node_count)
+            todo: list[int] = []
+            for node in range(self.node_count):
+                start, end = self.span(node)
+                for position in range(start, end):
+                    kind = self.kinds[position]
+                    if kind == Kind.TENSOR or kind == Kind.STORAGE:
+                        if not found[node]:
+                            found[node] = 1
+                            todo.append(node)
+                    elif kind >= FIRST_NODE_KIND:
+                        parents[self.payloads[position]].append(node)
+            while todo:
+                for parent in parents[todo.pop()]:
+                    if not found[parent]:
+                        found[parent] = 1
+                        todo.append(parent)
+            self._with_tensors = found
+        return self._with_tensors
+
+    def scalar(self, position: int) -> Any:
+        """The value at a position that is no node, no tensor and no storage."""
+        kind, payload = self.kinds[position], self.payloads[position]
+        if kind == Kind.STR:
+            return self.strings[payload]
+        if kind == Kind.INT:
+            return payload
+        if kind == Kind.NONE:
+            return None
+        if kind == Kind.TRUE or kind == Kind.FALSE:
+            return kind == Kind.TRUE
+        if kind == Kind.FLOAT:
+            return struct.unpack("d", struct.pack("q", payload))[0]
+        if kind == Kind.LONG:
+            return self.longs[payload]
+        if kind == Kind.BYTES:
+            return self.blobs[payload]
+        if kind == Kind.BYTEARRAY:
+            return bytearray(self.blobs[payload])
+        raise AssertionError(f"no scalar: kind {kind}")
+
+    def global_value(self, index: int, special: Special) -> Any:
+        """A global that stands as a value: a dtype or the like, what the user allowed, else a placeholder."""
+        module, name = self.globals[index]
+        allowed = self._allow.get(f"{module}.{name}", MISSING)
+        if allowed is not MISSING:
+            return allowed
+        made = special(self._meanings[index], name, (), None)
+        return Placeholder(Description(module, name)) if made is NOT_PLAIN else made
+
+    def keys(self, node: int, special: Special) -> list[Any]:
+        """The keys of a mapping node, in file order."""
+        positions = self.pairs(node)
+        kinds = self.kinds[positions.start : positions.stop : 2]
+        if kinds.count(Kind.STR) == len(kinds):  # nearly always, and then a matter of slices
+            numbers = self.payloads[positions.start : positions.stop : 2].tolist()
+            if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
+                return self.strings[numbers[0] : numbers[0] + len(numbers)]
+            return [self.strings[n] for n in numbers]
+        return [self.build(position, _no_leaf, special) for position in positions]
+
+    def build(self, root: int, leaf: Leaf, special: Special) -> Any:
+        """The objects from the value at a position on. Sharing and cycles of the file are those of the result.
+
+        Raises: ProgramError, for a dict key that cannot be hashed.
+        """
+        builder = _Builder(self, leaf, special)
+        return builder.value(root) if self.kinds[root] < FIRST_NODE_KIND else builder.run(self.payloads[root])
+
+    def allowed(self, node: int) -> Any:
+        """The user's own class for the callable of a CALL or OBJECT, or MISSING."""
+        start, _ = self.span(node)
+        if not self._allow or self.kinds[start] != Kind.GLOBAL:
+            return MISSING
+        module, name = self.globals[self.payloads[start]]
+        return self._allow.get(f"{module}.{name}", MISSING)
+
+    def called_name(self, node: int) -> tuple[str, str]:
+        """The (module, name) that a CALL or OBJECT calls; of the innermost one where the result of a call is called."""
+        for _ in range(self.node_count):
+            start, _ = self.span(node)
+            if self.kinds[start] == Kind.GLOBAL:
+                return self.globals[self.payloads[start]]
+            node = self.payloads[start]
+        raise AssertionError("a callable made of itself")
+
+
+def _no_leaf(kind: int, payload: int) -> Any:
+    raise ProgramError("a tensor is a dict key")
+
+
+class _Builder:
+    """One build: objects by node, the nodes still to do, and the fills that had to wait for a cycle to close."""
+
+    def __init__(self, program: Program, leaf: Leaf, special: Special) -> None:
+        self.program = program
+        self.leaf = leaf
+        self.special = special
+        self.objects: dict[int, Any] = {}
+        self.leaves: dict[tuple[int, int], Any] = {}
+        self.waiting: list[int] = []
+
+    def run(self, root: int) -> Any:
+        program, kinds, payloads = self.program, self.program.kinds, self.program.payloads
+        seen: set[int] = set()
+        todo = [root]
+        while todo:
+            node = todo.pop()
+            if node < 0:
+                self.finish(~node)
+            elif node not in seen:
+                seen.add(node)
+                self.begin(node)
+                todo.append(~node)
+                start, end = program.span(node)
+                for position in range(start, end):
+                    if kinds[position] >= FIRST_NODE_KIND and payloads[position] not in seen:
+                        todo.append(payloads[position])
+        for node in self.waiting:
+            self.fill(node)
+        return self.objects[root]
+
+    def value(self, position: int) -> Any:
+        """The object of a value, or MISSING where it closes a cycle and does not stand yet."""
+        kind = self.program.kinds[position]
+        payload = self.program.payloads[position]
+        if kind >= FIRST_NODE_KIND:
+            return self.objects.get(payload, MISSING)
+        if kind == Kind.TENSOR or kind == Kind.STORAGE:
+            made = self.leaves.get((kind, payload), MISSING)
+            if made is MISSING:
+                made = self.leaves[kind, payload] = self.leaf(kind, payload)
+            return made
+        if kind == Kind.GLOBAL:
+            made = self.leaves.get((kind, payload), MISSING)
+            if made is MISSING:
+                made = self.leaves[kind, payload] = self.program.global_value(payload, self.special)
+            return made
+        return None if kind == Kind.ABSENT else self.program.scalar(position)
+
+    def values(self, start: int, end: int) -> list[Any]:
+        return [self.value(position) for position in range(start, end)]
+
+    def begin(self, node: int) -> None:
+        """What can be filled later stands at once, so that cycles have something to point to."""
+        kind = self.program.kind(node)
+        if kind == Kind.LIST:
+            self.objects[node] = []
+        elif kind == Kind.DICT:
+            self.objects[node] = {}
+        elif kind == Kind.ORDERED_DICT:
+            self.objects[node] = collections.OrderedDict()
+        elif kind == Kind.SET:
+            self.objects[node] = set()
+        elif kind in (Kind.CALL, Kind.OBJECT) and not self.is_known(node):
+            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True))
+
+    def is_known(self, node: int) -> bool:
+        return self.program.meaning(node) != Meaning.STRANGER or self.program.allowed(node) is not MISSING
+
+    def finish(self, node: int) -> None:
+        """All below stands, except what closes a cycle: now make what could not be made before, then fill."""
+        program = self.program
+        kind = program.kind(node)
+        start, end = program.span(node)
+        if node not in self.objects:
+            if kind == Kind.TUPLE or kind == Kind.FROZENSET:
+                self.objects[node] = (tuple if kind == Kind.TUPLE else frozenset)(self.values(start, end))
+                return
+            if kind == Kind.TYPED:
+                self.objects[node] = self.special(kind, "", self.values(start, end), None)
+                return
+            self.objects[node] = self.call(node)
+        self.fill(node)
+
+    def call(self, node: int) -> Any:
+        program = self.program
+        start, _ = program.span(node)
+        args = self.value(start + ARGS)
+        kwargs = self.value(start + KWARGS) if program.kinds[start + KWARGS] != Kind.ABSENT else {}
+        cls = program.allowed(node)
+        if cls is not MISSING:
+            return cls(*args, **kwargs) if program.kind(node) == Kind.CALL else cls.__new__(cls, *args, **kwargs)
+        meaning = program.meaning(node)
+        name = program.called_name(node)[1]
+        if meaning <= Meaning.LAST_PLAIN:
+            made = construct(meaning, name, args)
+        else:
+            state = self.value(start + STATE) if program.kinds[start + STATE] != Kind.ABSENT else None
+            made = self.special(meaning, name, args, state)
+        if made is NOT_PLAIN:
+            made = Placeholder(Description(*program.called_name(node), called=True))
+        return made
+
+    def fill(self, node: int) -> None:
+        """Put the items of a mutable object into it; if one of them does not stand yet, wait for the end."""
+        program = self.program
+        kind = program.kind(node)
+        start, end = program.span(node)
+        values = self.values(start, end)
+        if any(value is MISSING for value in values):
+            self.waiting.append(node)
+            return
+        made = self.objects[node]
+        if kind == Kind.LIST:
+            made[:] = values
+        elif kind == Kind.SET:
+            made.update(values)
+        elif kind == Kind.DICT or kind == Kind.ORDERED_DICT:
+            count = len(values) - len(values) % 2
+            self.set_items(made, values[:count:2], values[1:count:2])
+            if count < len(values):
+                _set_metadata(made, values[-1])
+        elif type(made) is Placeholder:
+            self.describe(node, made, values)
+        elif kind in (Kind.CALL, Kind.OBJECT):
+            self.fill_known(node, made, values)
+
+    def set_items(self, made: Any, keys: list[Any], values: list[Any]) -> None:
+        try:
+            for key, value in zip(keys, values):
+                made[key] = value
+        except TypeError:
+            raise ProgramError("a dict key cannot be hashed") from None
+
+    def describe(self, node: int, made: Placeholder, values: list[Any]) -> None:
+        about = made._zipslicer
+        appends = len(self.program.appended(node))
+        about.args = values[ARGS]
+        about.kwargs = {} if self.absent(node, KWARGS) else values[KWARGS]
+        about.list_items = values[PARTS - 1 : PARTS - 1 + appends]
+        rest = values[PARTS - 1 + appends :]
+        self.set_items(about.items, rest[::2], rest[1::2])
+        if not self.absent(node, STATE):
+            about.state = values[STATE]
+            about.attributes = attributes_of(about.state)
+
+    def absent(self, node: int, part: int) -> bool:
+        return self.program.kinds[self.program.span(node)[0] + part] == Kind.ABSENT
+
+    def fill_known(self, node: int, made: Any, values: list[Any]) -> None:
+        """Items and state of a defaultdict or Counter, or of an object of a class that the user allowed."""
+        appends = len(self.program.appended(node))
+        listed = values[PARTS - 1 : PARTS - 1 + appends]
+        rest = values[PARTS - 1 + appends :]
+        if self.program.allowed(node) is not MISSING:
+            if not self.absent(node, STATE):
+                _give_state(made, values[STATE])
+            if listed:
+                made.extend(listed)
+        elif listed or (rest and not isinstance(made, dict)):
+            raise ProgramError(f"items are put into a {type(made).__name__}")
+        self.set_items(made, rest[::2], rest[1::2])
+
+
+def attributes_of(state: Any) -> dict[Any, Any]:
+    """The attributes that a state would have given to an object: a dict, or (a dict or None, a dict of slots)."""
+    if isinstance(state, dict):
+        return dict(state)
+    if type(state) is tuple and len(state) == 2 and all(part is None or isinstance(part, dict) for part in state):
+        return {**(state[0] or {}), **(state[1] or {})}
+    return {}
+
+
+def _set_metadata(made: collections.OrderedDict[Any, Any], state: Any) -> None:
+    """state_dict() writes one attribute; any other could shadow a method of the dict."""
+    if isinstance(state, dict) and "_metadata" in state:
+        made._metadata = state["_metadata"]  # type: ignore[attr-defined]
+
+
+def _give_state(made: Any, state: Any) -> None:
+    """BUILD, for a class that the user allowed: as pickle does it."""
+    if hasattr(made, "__setstate__"):
+        made.__setstate__(state)
+        return
+    for name, value in attributes_of(state).items():
+        object.__setattr__(made, name, value)
+
+
+def run_program(
+    archive: Archive, limits: Limits, *, record: str = "data.pkl", unknown: str = "placeholder", allow: Mapping[str, Any]
+) -> Program:
+    """Read a record that holds a pickle and scan it.
+
+    Raises: ArchiveError, ProgramError, TableError, UnsupportedError; UnsafeError with unknown="error".
+    """
+    found = archive.find(record)
+    if found is None:
+        raise _no_program(archive, record)
+    text = archive.read(found, limits.program_nbytes)
+    known = actions()
+    if allow and unknown == "error":
+        known = {**{tuple(name.rpartition(".")[::2]): 0 for name in allow}, **known}  # type: ignore[dict-item]
+    try:
+        columns = archive.backend.scan_pickle(text, known, machine_limits(limits, unknown == "error"))
+    except ZipSlicerError as error:
+        raise error.located(path=archive.source.path, record=archive.name(found)) from None
+    return Program(Graph(*columns), allow)
+
+
+def _no_program(archive: Archive, record: str) -> ZipSlicerError:
+    has = {name.partition("/")[2] for name in archive.names()[:10_000]}
+    if "archive_format" in has or "models/model.json" in has:
+        return UnsupportedError("this is an archive of torch.export (.pt2)", path=archive.source.path)
+    if ".data/extern_modules" in has:
+        return UnsupportedError("this is an archive of torch.package", path=archive.source.path)
+    return ArchiveError(f"the archive has no record {record!r}: torch.save did not finish it", path=archive.source.path)
+

@@ -1,0 +1,417 @@
+"""TensorTable: the tensors of a program as rows, with their facts and their names.
+
+A row is one dense part: storage, dtype, storage_offset, shape, strides. A value of the program is a tensor if it is such
+a row, or a wrapper of one that we know (a Parameter, a tensor with attributes). Nothing here reads a tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .archive import Archive
+from .backend import FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
+from .errors import TableError
+from .plan import Geometry, hull, is_contiguous, numel
+from .policy import DTYPES, NOT_PLAIN, Dtype, Meaning
+from .program import ARGS, STATE, Program
+
+__all__ = ["Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
+
+ROW = struct.Struct(f"={TENSOR_FIELDS}q")
+UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
+TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
+
+Step = tuple[str, Any]  # ("key", k), ("index", i), ("attribute", name) or ("part", name)
+
+
+class Row(NamedTuple):
+    """One dense tensor of the file; see backend.TensorField."""
+
+    storage: int
+    dtype: int
+    itemsize: int
+    storage_offset: int  # elements
+    dims: int
+    ndim: int
+    flags: int
+    offset: int
+
+    @property
+    def requires_grad(self) -> bool:
+        return bool(self.flags & 1)
+
+    @property
+    def conj(self) -> bool:
+        return bool(self.flags & 2)
+
+    @property
+    def neg(self) -> bool:
+        return bool(self.flags & 4)
+
+
+class Leaf(NamedTuple):
+    """A value that is a tensor: its row, and what is wrapped around it."""
+
+    number: int  # of the row
+    parameter: bool  # torch.nn.Parameter
+    requires_grad: bool
+    attributes: int | None  # the position of the state with its Python attributes
+    cls: str | None  # "module.name" of a class of its own
+
+
+class TensorInfo:
+    """What the file says of one tensor. Nothing is read, and torch is not imported, unless `.dtype` is asked for.
+
+    Attributes:
+        dtype_name: "float32".
+        shape: of ints.
+        strides: in elements.
+        storage_offset: in elements, within its storage.
+        numel: elements.
+        nbytes: numel times the element size.
+        itemsize: bytes of one element.
+        storage_key: of the record that holds the storage: "0" for data/0. Equal keys share memory.
+        storage_nbytes: bytes of the whole storage.
+        location: the device it was saved from, "cuda:0"; it is read to the CPU unless map_location says otherwise.
+        requires_grad, is_parameter, is_contiguous, is_conj, is_neg: as torch has them.
+        class_name: "module.name" of the tensor's own class, or None.
+    """
+
+    __slots__ = (
+        "class_name", "dtype_name", "is_conj", "is_contiguous", "is_neg", "is_parameter", "itemsize", "location", "nbytes",
+        "numel", "requires_grad", "shape", "storage_key", "storage_nbytes", "storage_offset", "strides",
+    )  # fmt: skip
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    numel: int
+    nbytes: int
+    itemsize: int
+    storage_key: str
+    storage_nbytes: int
+    location: str
+    requires_grad: bool
+    is_parameter: bool
+    is_contiguous: bool
+    is_conj: bool
+    is_neg: bool
+    class_name: str | None
+
+    def __init__(self, **facts: Any) -> None:
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    @property
+    def dtype(self) -> Any:
+        """The torch.dtype. Imports torch."""
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one dimension of it; as Tensor.size()."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def stride(self, dim: int | None = None) -> Any:
+        """The strides, or one of them; as Tensor.stride()."""
+        return self.strides if dim is None else self.strides[dim]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorInfo):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        extra = [name for name in ("requires_grad", "is_parameter", "is_conj", "is_neg") if getattr(self, name)]
+        extra += [] if self.is_contiguous else [f"strides={self.strides}"]
+        extra += [] if self.location == "cpu" else [f"location={self.location!r}"]
+        return f"TensorInfo({self.dtype_name}, {list(self.shape)}{''.join(', ' + e for e in extra)})"
+
+
+class TensorTable:
+    """Rows and names over one program of one archive.
+
+    Safe for concurrent use: what is filled in on touch is the same whoever does it.
+    """
+
+    def __init__(self, program: Program, archive: Archive, swapped: bool) -> None:
+        self.program = program
+        self.archive = archive
+        self.swapped = swapped  # the file's byte order is not this host's
+        # On touch, for each storage: its record's index if its bytes can be read straight from the file, else -1.
+        self.direct: list[int | None] = [None] * program.storage_count
+
+    def row(self, number: int) -> Row:
+        return Row(*ROW.unpack_from(self.program.tensors, number * ROW.size))
+
+    def dtype(self, index: int) -> Dtype:
+        return DTYPES[UINT8 if index == UNTYPED else index]
+
+    def geometry(self, row: Row) -> Geometry:
+        middle = row.dims + row.ndim
+        dims = self.program.dims
+        return Geometry(
+            row.storage_offset, tuple(dims[row.dims : middle].tolist()), tuple(dims[middle : middle + row.ndim].tolist())
+        )
+
+    def storage_nbytes(self, storage: int) -> int:
+        return self.program.storages[storage * STORAGE_FIELDS + StorageField.NBYTES]
+
+    def storage_dtype(self, storage: int) -> int:
+        return self.program.storages[storage * STORAGE_FIELDS + StorageField.DTYPE]
+
+    def record(self, storage: int) -> int:
+        """The record of a storage, found and measured.
+
+        Raises:
+            ArchiveError: there is none.
+            TableError: it has fewer bytes than the storage, or a whole element more.
+        """
+        key = self.program.storage_keys[storage]
+        record = self.archive.record(f"data/{key}")
+        has, wants = self.archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
+        if not 0 <= has - wants < max(1, self.dtype(self.storage_dtype(storage)).itemsize):
+            raise TableError(
+                f"the record has {has} bytes, its storage {wants}",
+                record=self.archive.name(record),
+                path=self.archive.source.path,
+            )
+        return record
+
+    def is_direct(self, storage: int) -> bool:
+        """Whether a storage's bytes can be read straight from the file: stored, and in this host's byte order."""
+        known = self.direct[storage]
+        if known is None:
+            record = self.record(storage)
+            known = record if self.archive.is_stored(record) and not self.swapped else -1
+            self.direct[storage] = known
+        return known >= 0
+
+    def leaf(self, position: int) -> Leaf | None:
+        """The tensor that a value is, or None."""
+        program = self.program
+        kind, payload = program.kinds[position], program.payloads[position]
+        if kind == Kind.TENSOR:
+            return Leaf(payload, False, self.row(payload).requires_grad, None, None)
+        if kind == Kind.TYPED:
+            start, _ = program.span(payload)
+            number = program.payloads[start]
+            return Leaf(number, False, self.row(number).requires_grad, start + 2, self._class_name(start + 1))
+        if kind == Kind.CALL and program.meaning(payload) in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
+            return self._parameter(payload)
+        return None
+
+    def _parameter(self, node: int) -> Leaf | None:
+        """_rebuild_parameter(tensor, requires_grad, hooks), _rebuild_parameter_with_state(..., state)."""
+        program = self.program
+        start, end = program.span(program.payloads[program.span(node)[0] + ARGS])
+        stateful = program.meaning(node) == Meaning.PARAMETER_WITH_STATE
+        if end - start != 3 + stateful or program.kinds[start + 1] not in (Kind.TRUE, Kind.FALSE):
+            raise TableError("a Parameter is rebuilt with wrong arguments", path=self.archive.source.path)
+        # One step only, so that no chain of Parameters of Parameters is followed.
+        if program.kinds[start] not in (Kind.TENSOR, Kind.TYPED):
+            return None
+        inner = self.leaf(start)
+        assert inner is not None
+        grad = program.kinds[start + 1] == Kind.TRUE
+        return Leaf(inner.number, True, grad, start + 3 if stateful else inner.attributes, inner.cls)
+
+    def _class_name(self, position: int) -> str | None:
+        if self.program.kinds[position] != Kind.GLOBAL:
+            return None
+        name = ".".join(self.program.globals[self.program.payloads[position]])
+        return None if name in ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer") else name
+
+    def info(self, leaf: Leaf) -> TensorInfo:
+        row = self.row(leaf.number)
+        geometry = self.geometry(row)
+        dtype = self.dtype(row.dtype)
+        count = numel(geometry.sizes)
+        return TensorInfo(
+            dtype_name=dtype.name,
+            shape=geometry.sizes,
+            strides=geometry.strides,
+            storage_offset=geometry.storage_offset,
+            numel=count,
+            nbytes=count * dtype.itemsize,
+            itemsize=dtype.itemsize,
+            storage_key=self.program.storage_keys[row.storage],
+            storage_nbytes=self.storage_nbytes(row.storage),
+            location=self.program.locations[row.storage],
+            requires_grad=leaf.requires_grad,
+            is_parameter=leaf.parameter,
+            is_contiguous=is_contiguous(geometry.sizes, geometry.strides),
+            is_conj=row.conj,
+            is_neg=row.neg,
+            class_name=leaf.cls,
+        )
+
+    def storage_info(self, storage: int) -> TensorInfo:
+        """A storage that stands as a value, as the one-dimensional tensor of its bytes."""
+        nbytes = self.storage_nbytes(storage)
+        return TensorInfo(
+            dtype_name="uint8", shape=(nbytes,), strides=(1,), storage_offset=0, numel=nbytes, nbytes=nbytes, itemsize=1,
+            storage_key=self.program.storage_keys[storage], storage_nbytes=nbytes, location=self.program.locations[storage],
+            requires_grad=False, is_parameter=False, is_contiguous=True, is_conj=False, is_neg=False, class_name=None,
+        )  # fmt: skip
+
+    def file_offset(self, position: int) -> int:
+        """Where a tensor's or storage's bytes lie, as well as the directory tells; to sort by."""
+        program = self.program
+        if program.kinds[position] == Kind.STORAGE:
+            storage, start = program.payloads[position], 0
+        else:
+            leaf = self.leaf(position)
+            assert leaf is not None
+            row = self.row(leaf.number)
+            storage, start = row.storage, row.storage_offset * row.itemsize
+        record = self.archive.find(f"data/{program.storage_keys[storage]}")
+        return -1 if record is None else self.archive.field(record, Entry.HEADER_OFFSET) + start
+
+    def extent(self, row: Row) -> tuple[int, int]:
+        """(byte offset in the storage, nbytes) of the hull of a row."""
+        return row.storage_offset * row.itemsize, hull(self.geometry(row)) * row.itemsize
+
+    def tensors(self, root: int) -> dict[str, int]:
+        """Every tensor and storage at and below a position, each container once: dotted name -> position."""
+        names: dict[str, int] = {}
+        for position, path in self._walk(root):
+            name = dotted(path)
+            if name in names:
+                # "a.b" beside a/b, 0 beside "0": the later one keeps its structural path, which is unique.
+                name = structural(path)
+            names[name] = position
+        return names
+
+    def _walk(self, root: int) -> Iterator[tuple[int, tuple[Step, ...]]]:
+        """Depth first, in file order, without recursion. Paths are linked, and spelled out for tensors only."""
+        program = self.program
+        seen: set[int] = set()
+        todo: list[tuple[int, Any]] = [(root, None)]
+        below = program.with_tensors()
+        while todo:
+            position, path = todo.pop()
+            kind = program.kinds[position]
+            if kind == Kind.TENSOR or kind == Kind.STORAGE or (kind >= FIRST_NODE_KIND and self.leaf(position)):
+                yield position, _spelled(path)
+            if kind < FIRST_NODE_KIND:
+                continue
+            node = program.payloads[position]
+            if node in seen or not below[node]:
+                continue
+            seen.add(node)
+            todo.extend((child, (path, step)) for child, step in reversed(self._children(position, node)))
+
+    def _children(self, position: int, node: int) -> list[tuple[int, Step]]:
+        """The values under a node, with the step to each. What wraps a tensor's own bytes is no step."""
+        program = self.program
+        kind = program.kind(node)
+        start, end = program.span(node)
+        if kind in (Kind.DICT, Kind.ORDERED_DICT):
+            return [(p + 1, ("key", self._key(p))) for p in program.pairs(node)]
+        if kind == Kind.TYPED:
+            return self._attributes(start + 2)
+        if kind not in (Kind.CALL, Kind.OBJECT):
+            return [(p, ("index", p - start)) for p in range(start, end)]
+        leaf = self.leaf(position)
+        if leaf is not None:
+            return [] if leaf.attributes is None else self._attributes(leaf.attributes)
+        children: list[tuple[int, Step]] = []
+        arguments = range(*program.span(program.payloads[start + ARGS]))
+        for i, p in enumerate(arguments):
+            # NEWOBJ's arguments are the items of a tuple subclass (a namedtuple): they keep their indexes.
+            if kind == Kind.OBJECT:
+                children.append((p, ("index", i)))
+            else:
+                children.append((p, ("part", ("args", i))))
+        if program.kinds[start + STATE] != Kind.ABSENT:
+            if program.meaning(node) == Meaning.PARTIAL:
+                children += self._partial(start + STATE)
+            else:
+                children += self._attributes(start + STATE)
+        children += [(p, ("index", i)) for i, p in enumerate(program.appended(node))]
+        children += [(p + 1, ("key", self._key(p))) for p in program.pairs(node)]
+        return children
+
+    def _attributes(self, position: int) -> list[tuple[int, Step]]:
+        """A state: a dict of attributes, (a dict or None, a dict of slots), or something of the class's own."""
+        program = self.program
+        kind, node = program.kinds[position], program.payloads[position]
+        if kind in (Kind.DICT, Kind.ORDERED_DICT):
+            return [(p + 1, ("attribute", self._key(p))) for p in program.pairs(node)]
+        if kind == Kind.TUPLE:
+            start, end = program.span(node)
+            parts = range(start, end)
+            if len(parts) == 2 and all(program.kinds[p] in (Kind.NONE, Kind.DICT, Kind.ORDERED_DICT) for p in parts):
+                return [child for p in parts for child in self._attributes(p)]
+            return [(p, ("part", ("state", p - start))) for p in parts]
+        return [(position, ("part", ("state",)))] if kind not in (Kind.NONE, Kind.ABSENT) else []
+
+    def _partial(self, position: int) -> list[tuple[int, Step]]:
+        """functools.partial has the state (func, args, kwargs, dict)."""
+        program = self.program
+        if program.kinds[position] != Kind.TUPLE:
+            return self._attributes(position)
+        children: list[tuple[int, Step]] = []
+        for part, name in zip(range(*program.span(program.payloads[position])), ("func", "args", "keywords", "state")):
+            if program.kinds[part] == Kind.TUPLE:
+                start, end = program.span(program.payloads[part])
+                children += [(p, ("part", (name, p - start))) for p in range(start, end)]
+            else:
+                children.append((part, ("part", (name,))))
+        return children
+
+    def _key(self, position: int) -> Any:
+        """A dict key, as far as a name needs it."""
+        kind = self.program.kinds[position]
+        if kind < FIRST_NODE_KIND and kind not in (Kind.GLOBAL, Kind.STORAGE, Kind.TENSOR):
+            return self.program.scalar(position)
+        if kind == Kind.TUPLE or kind == Kind.GLOBAL:
+            return str(self.program.build(position, lambda *_: None, lambda *_: NOT_PLAIN))
+        return f"<{position}>"
+
+
+def _spelled(path: Any) -> tuple[Step, ...]:
+    steps = []
+    while path is not None:
+        path, step = path
+        steps.append(step)
+    return tuple(reversed(steps))
+
+
+def dotted(steps: tuple[Step, ...]) -> str:
+    """A path through the structure -> the name it has in ckpt.tensors.
+
+    Keys, indexes, attribute names and parts are joined by dots; the levels of a pickled nn.Module that its state_dict()
+    does not name are left out, so that a whole model lists like one.
+    """
+    names: list[str] = []
+    for kind, name in steps:
+        if kind == "part":
+            names += map(str, name if isinstance(name, tuple) else (name,))
+        elif not (kind == "attribute" and name in TRANSPARENT):
+            names.append(str(name))
+    return ".".join(names)
+
+
+def structural(steps: tuple[Step, ...]) -> str:
+    """The same path with nothing left out: "a/b" for keys and indexes, "@name" for attributes, "#name" for parts."""
+    marks = {"key": "", "index": "", "attribute": "@", "part": "#"}
+    spelled = []
+    for kind, name in steps:
+        if kind == "part" and isinstance(name, tuple):
+            spelled.append("#" + "/".join(map(str, name)))
+        else:
+            spelled.append(f"{marks[kind]}{name}")
+    return "/".join(spelled)
+
