@@ -1,0 +1,368 @@
+"""Every case of conformance.py on the backend of this run, and every case of a folder of files made elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import conformance  # noqa: E402
+from conformance import CASES, LATER, PWNED, REFUSALS, TRAP, Case, Loads, Refused  # noqa: E402
+
+import zipslicer  # noqa: E402
+from zipslicer.errors import UnsupportedError, ZipSlicerError  # noqa: E402
+from zipslicer.table import dotted  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No folder is made, and the module that files name is not imported, though it lies on the path."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / f"{TRAP}.py").write_text(f"import os\nos.mkdir({PWNED!r})\n")
+    monkeypatch.syspath_prepend(trap)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert TRAP not in sys.modules
+    assert not (tmp_path / PWNED).exists()
+
+
+def placed(file: bytes | Path, folder: Path) -> Path:
+    """The path of a case's file; bytes are written to one first."""
+    if isinstance(file, Path):
+        return file
+    path = folder / "case.pt"
+    path.write_bytes(file)
+    return path
+
+
+def names_of(tree: Any) -> dict[str, Any]:
+    """The tensors of a tree by the names they have in `ckpt.tensors`."""
+    return {dotted(steps): tensor for steps, tensor in conformance.tensors_in(tree).items()}
+
+
+def materialized(loaded: Any) -> Any:
+    return loaded.materialize() if hasattr(loaded, "materialize") else loaded
+
+
+def check_touch(wanted: Any, got: Any, name: str) -> None:
+    """One tensor had by its name: the same elements and shape, in memory that shows nothing of its neighbours."""
+    assert type(got) is type(wanted), name
+    facts, own = conformance.facts_of(wanted), conformance.facts_of(got)
+    for fact in ("storage_offset", "storage nbytes"):
+        del facts[fact], own[fact]
+    assert own == facts, name
+    assert got.storage_offset() == 0, name
+    assert got.untyped_storage().nbytes() == conformance.hull_nbytes(wanted), name
+    if wanted.numel() < 1 << 30:
+        assert conformance.logical_bytes(got) == conformance.logical_bytes(wanted), name
+
+
+def check_meta(wanted: Any, info: Any, location: str, name: str) -> None:
+    """What is known of a tensor without reading it."""
+    assert f"torch.{info.dtype_name}" == str(wanted.dtype), name
+    assert info.dtype is wanted.dtype, name
+    assert info.shape == tuple(wanted.shape), name
+    assert info.strides == wanted.stride(), name
+    assert info.storage_offset == wanted.storage_offset(), name
+    assert info.storage_nbytes == wanted.untyped_storage().nbytes(), name
+    assert info.nbytes == wanted.numel() * wanted.element_size(), name
+    assert info.requires_grad == wanted.requires_grad, name
+    assert info.location == location, name
+
+
+def check_tensors(checkpoint: Any, case: Loads) -> None:
+    wanted = names_of(case.tree)
+    names = list(checkpoint.tensors)
+    assert [name for name in names if name not in case.huge] == list(wanted)
+    assert case.huge.keys() <= set(names)
+    dense = {name: tensor for name, tensor in wanted.items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in dense.items():
+        check_meta(tensor, checkpoint.tensors.get_meta(name), case.location, name)
+        check_touch(tensor, checkpoint.tensors[name], name)
+    groups: dict[str, Any] = {}
+    for name, tensor in dense.items():
+        if tensor.untyped_storage().nbytes():
+            address = tensor.untyped_storage().data_ptr()
+            assert groups.setdefault(checkpoint.tensors.get_meta(name).storage_key, address) == address, name
+    assert len(set(groups.values())) == len(groups)
+    for name in wanted.keys() - dense.keys():
+        storage = conformance.storage_bytes(wanted[name])
+        assert checkpoint.tensors.get_meta(name).storage_nbytes == len(storage)
+        assert conformance.storage_bytes(checkpoint.tensors[name]) == storage
+    for name, what in case.huge.items():
+        assert checkpoint.tensors.get_meta(name).shape == what["shape"]
+        part = checkpoint.tensors.get_slice(name)
+        for at, element in what["elements"].items():
+            assert part[at : at + 1].tolist() == [element]
+
+
+def check_loads(case: Loads, folder: Path) -> None:
+    path = placed(case.file, folder)
+    with zipslicer.open(path, **case.keywords) as checkpoint:
+        check_tensors(checkpoint, case)
+        if not case.huge:
+            tree = materialized(checkpoint.root)
+            assert conformance.differences(case.tree, tree, zipslicer.describe) == []
+    if not case.huge:
+        tree = materialized(zipslicer.load(path, **case.keywords))
+        assert conformance.differences(case.tree, tree, zipslicer.describe) == []
+
+
+def refused(number: str, act: Callable[[], Any], file: bytes) -> None:
+    """Whatever `act` does raises what the table says."""
+    wanted = REFUSALS[number]
+    with pytest.raises(ZipSlicerError) as caught:
+        act()
+    error = caught.value
+    assert type(error) is wanted.error, error
+    assert error.offset == wanted.at(file), error
+    assert error.path is not None, error
+    assert str(error), error
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.offset) == (type(error), str(error), error.offset)
+
+
+def check_refused(number: str, case: Refused, folder: Path) -> None:
+    path = placed(case.file, folder)
+    file = path.read_bytes()
+    when = REFUSALS[number].when
+    if when == "open":
+        refused(number, lambda: zipslicer.open(path), file)
+        refused(number, lambda: zipslicer.load(path), file)
+        return
+    with zipslicer.open(path) as checkpoint:
+        for name, tensor in case.intact.items():
+            check_touch(tensor, checkpoint.tensors[name], name)
+        for _ in range(2):  # what failed once is not remembered as good
+            refused(number, lambda: checkpoint.tensors[when], file)
+        refused(number, lambda: checkpoint.tensors.get_slice(when)[:1], file)
+        refused(number, lambda: materialized(checkpoint.root), file)
+    refused(number, lambda: zipslicer.load(path)[when], file)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Case, tmp_path: Path) -> None:
+    outcome = case.make(tmp_path)
+    if isinstance(outcome, Loads):
+        assert case.number not in REFUSALS
+        check_loads(outcome, tmp_path)
+    else:
+        check_refused(case.number, outcome, tmp_path)
+
+
+def test_every_refusal_has_a_case() -> None:
+    numbers = [case.number for case in CASES]
+    assert len(set(numbers)) == len(numbers)
+    assert set(REFUSALS) <= set(numbers)
+    assert not set(LATER) & set(numbers)
+
+
+BOMBS = ("40g", "40m", "40n", "40o", "40p", "40q")
+
+OPEN_ALL = """
+import resource, sys
+import zipslicer
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for path in sys.argv[1:]:
+    try:
+        with zipslicer.open(path) as checkpoint:
+            checkpoint.root, list(checkpoint.tensors), checkpoint.placeholders
+            repr(checkpoint.root)
+    except zipslicer.CheckpointError as error:
+        str(error)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux keeps RLIMIT_AS")
+def test_bombs_take_no_memory(tmp_path: Path) -> None:
+    """Files that ask for gigabytes are opened in a process that has one."""
+    paths = []
+    for case in CASES:
+        if case.number in BOMBS:
+            (tmp_path / case.number).mkdir()
+            paths.append(placed(case.make(tmp_path).file, tmp_path / case.number))
+    assert len(paths) == len(BOMBS)
+    command = [sys.executable, "-c", OPEN_ALL, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- files that were made elsewhere -----------------------------------------------------------------------------------
+
+ELSEWHERE = os.environ.get("ZIPSLICER_CONFORMANCE")
+IN_SCOPE = (*range(1, 25), *range(29, 33), 39, 40)
+
+
+def rows_elsewhere() -> list[Any]:
+    """The cases of the folder's expected.json, one parameter each."""
+    if not ELSEWHERE:
+        reason = "ZIPSLICER_CONFORMANCE names no folder with an expected.json"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="none")]
+    rows = json.loads((Path(ELSEWHERE) / "expected.json").read_text())["cases"]
+    chosen = [row for row in rows if row["id"] in IN_SCOPE or (row["id"], row["variant"]) == (36, "b")]
+    return [pytest.param(row, id=f"{row['id']}{row['variant']}-{row['name']}") for row in chosen]
+
+
+def steps_of(path: str) -> conformance.Steps:
+    """A path of expected.json -> steps: "a/b" keys or indexes, "@name" an attribute, "#name" a part.
+
+    "@state" of a state that is a tuple is the part that zipslicer calls so, as no attribute has that name.
+    """
+    steps: list[tuple[str, Any]] = []
+    for level in path.split("/") if path else []:
+        name, *parts = level.split("#")
+        if name == "@state":
+            steps.append(("part", "state"))
+        elif name:
+            steps.append(("attribute", name[1:]) if name.startswith("@") else ("key", name))
+        steps += [("part", part) for part in parts]
+    return tuple(steps)
+
+
+def name_elsewhere(path: str) -> str:
+    """A path of expected.json -> the tensor's name in `ckpt.tensors`."""
+    return dotted(steps_of(path))
+
+
+def value_at(tree: Any, path: str) -> Any:
+    """What stands at a path of a tree that was materialized."""
+    for kind, name in steps_of(path):
+        if isinstance(tree, zipslicer.Placeholder):
+            about = zipslicer.describe(tree)
+            if kind == "attribute":
+                tree = about.attributes[name]
+            elif kind == "key":
+                tree = about.items[name] if name in about.items else [*about.args, *about.list_items][int(name)]
+            else:
+                raise AssertionError(f"no rule for {path}")
+        elif kind == "attribute":
+            tree = getattr(tree, name)
+        elif isinstance(tree, dict):
+            tree = tree[name] if name in tree else tree[int(name)]
+        else:
+            tree = tree[int(name)]
+    return tree
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_elsewhere(facts: dict[str, Any], tensors: Any, name: str) -> None:
+    """One tensor against its row of expected.json."""
+    info = tensors.get_meta(name)
+    assert list(info.shape) == facts["shape"], name
+    assert list(info.strides) == facts["stride"], name
+    assert info.storage_offset == facts["offset"], name
+    assert info.requires_grad == facts["requires_grad"], name
+    assert info.storage_nbytes == facts["storage_nbytes"], name
+    assert info.dtype_name == facts["dtype"], name
+    if facts["sha256"] is None:
+        part = tensors.get_slice(name)
+        for at in (0, facts["shape"][0] // 2, facts["shape"][0] - 1):
+            assert part[at : at + 1].tolist() == [facts["fill"]], name
+        return
+    got = tensors[name]
+    if facts["kind"] == "storage":
+        assert digest(conformance.storage_bytes(got)) == facts["sha256"], name
+        return
+    assert digest(conformance.logical_bytes(got)) == facts["sha256"], name
+    assert (list(got.shape), list(got.stride())) == (facts["shape"], facts["stride"]), name
+    assert str(got.dtype) == f"torch.{facts['dtype']}", name
+    assert (type(got) is torch.nn.Parameter) == facts["parameter"], name
+    assert got.requires_grad == facts["requires_grad"], name
+    bits = [bit for bit, on in (("conj", got.is_conj()), ("neg", got.is_neg())) if on]
+    assert bits == facts.get("bits", []), name
+
+
+def check_tree_elsewhere(row: dict[str, Any], tree: Any, names: dict[str, str]) -> None:
+    """Alias groups, Python attributes, plain values and NumPy values of what was materialized."""
+    groups: dict[int, int] = {}
+    for path, facts in row["tensors"].items():
+        if path.partition("#")[0] != path or "@state" in path:
+            continue
+        got = value_at(tree, path.partition(":")[2] if row.get("windows") else path)
+        if not isinstance(got, torch.Tensor):
+            continue
+        assert got.storage_offset() == facts["offset"], path
+        assert got.untyped_storage().nbytes() == facts["storage_nbytes"], path
+        assert sorted(getattr(got, "__dict__", {})) == facts.get("attrs", []), path
+        if facts["storage_nbytes"] and "alias" in facts:
+            address = got.untyped_storage().data_ptr()
+            assert groups.setdefault(facts["alias"], address) == address, path
+    assert len(set(groups.values())) == len(groups)
+    for path, (kind, shown) in row.get("values", {}).items():
+        got = value_at(tree, path)
+        assert type(got).__name__ == kind, path
+        assert repr(sorted(got) if isinstance(got, (set, frozenset)) else got) == shown, path
+    for path, facts in row.get("arrays", {}).items():
+        got = value_at(tree, path)
+        if facts["sha256"] is None:
+            continue  # an array of objects may be a placeholder
+        assert (str(got.dtype), list(got.shape)) == (facts["dtype"], facts["shape"]), path
+        assert digest(got.tobytes()) == facts["sha256"], path
+
+
+def open_elsewhere(path: Path, row: dict[str, Any], **keywords: Any) -> None:
+    """Everything that is in one archive of a case's file."""
+    names = {p: name_elsewhere(p.partition(":")[2] if row.get("windows") else p) for p in row["tensors"]}
+    with zipslicer.open(path, **keywords) as checkpoint:
+        for p, name in names.items():
+            check_elsewhere(row["tensors"][p], checkpoint.tensors, name)
+            if "location" in row:
+                assert checkpoint.tensors.get_meta(name).location == row["location"]
+        if row["loader"] in ("load", "placeholder"):
+            assert set(names.values()) == set(checkpoint.tensors)
+        if not any(facts["sha256"] is None for facts in row["tensors"].values()):
+            check_tree_elsewhere(row, materialized(checkpoint.root), names)
+
+
+def touch_all(path: Path) -> None:
+    """Open, and touch every key."""
+    with zipslicer.open(path) as checkpoint:
+        for name in checkpoint.tensors:
+            checkpoint.tensors[name]
+
+
+@pytest.mark.parametrize("row", rows_elsewhere())
+def test_case_made_elsewhere(row: dict[str, Any]) -> None:
+    path = Path(str(ELSEWHERE)) / row["file"]
+    if row.get("windows"):
+        with pytest.raises(ZipSlicerError):
+            touch_all(path)
+        for index, window in enumerate(row["windows"]):
+            inside = {p: facts for p, facts in row["tensors"].items() if p.startswith(f"{index}:")}
+            open_elsewhere(path, {**row, "tensors": inside}, window=tuple(window))
+    elif row["loader"] in ("load", "placeholder"):
+        open_elsewhere(path, row)
+    elif row["loader"] == "refuse":
+        with pytest.raises(ZipSlicerError) as caught:
+            touch_all(path)
+        # The one file that is right, and that we cannot read, is the one of protocol 0.
+        assert isinstance(caught.value, UnsupportedError) == (row["name"] == "protocol_0")
+        if row["tensors"]:
+            with zipslicer.open(path) as checkpoint:
+                for p, facts in row["tensors"].items():
+                    check_elsewhere(facts, checkpoint.tensors, name_elsewhere(p))
+    elif row.get("prefix_bytes"):
+        with pytest.raises(ZipSlicerError):
+            touch_all(path)
+        open_elsewhere(path, row, window=(row["prefix_bytes"], row["bytes"] - row["prefix_bytes"]))
+    else:
+        assert row["loader"] in ("load_or_refuse", "inert_or_refuse")
+        # Ours to choose, and we have chosen: what can be read without running anything is read.
+        open_elsewhere(path, row)
