@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -94,6 +95,7 @@ class Meaning:
     MEMORY_FORMAT: Final = 25
     PARAMETER: Final = 26
     PARAMETER_WITH_STATE: Final = 27
+    TYPED: Final = 28  # a tensor with a class and attributes of its own
     NUMPY_ARRAY: Final = 30
     NUMPY_NDARRAY: Final = 31
     NUMPY_DTYPE: Final = 32
@@ -274,8 +276,8 @@ class Placeholder:
 
     def __repr__(self) -> str:
         about = self._zipslicer
-        shown = [_short(a) for a in about.args[:4]]
-        shown += [f"{_quoted(str(k), 40)}={_short(v)}" for k, v in list(about.attributes.items())[:8]]
+        shown = [_short(a) for a in about.peek_args(4)]
+        shown += [f"{_short_key(k)}={_short(v)}" for k, v in about.peek_attributes(8)]
         more = len(about.args) + len(about.attributes) - len(shown)
         count = len(about.list_items) + len(about.items)
         if more > 0:
@@ -322,6 +324,14 @@ class Description:
         """``module.name``."""
         return f"{self.module}.{self.name}"
 
+    def peek_args(self, count: int) -> list[Any]:
+        """The first arguments, to show: nothing is read for it."""
+        return list(self.args[:count])
+
+    def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
+        """The first attributes, to show: nothing is read for it."""
+        return list(itertools.islice(self.attributes.items(), count))
+
 
 def describe(placeholder: Placeholder) -> Description:
     """What the file says of a placeholder: its global, arguments, state and items."""
@@ -334,6 +344,10 @@ def _quoted(text: str, limit: int = 120) -> str:
     """Text out of a file, for a terminal: printable, bounded."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return text if len(text) <= limit else text[:limit]
+
+
+def _short_key(key: Any) -> str:
+    return _quoted(key, 40) if type(key) is str else _short(key)
 
 
 def _short(value: Any) -> str:

@@ -35,7 +35,7 @@ from .policy import (
     meaning_of,
 )
 
-__all__ = ["MISSING", "Program", "Special", "run_program"]
+__all__ = ["MISSING", "Builder", "Program", "Special", "run_program"]
 
 MISSING: Any = object()  # no such object yet, or no such part
 CALLABLE, ARGS, KWARGS, STATE, PARTS = range(5)  # the children of a CALL or OBJECT, before its items
@@ -176,8 +176,7 @@ class Program:
 
         Raises: ProgramError, for a dict key that cannot be hashed.
         """
-        builder = _Builder(self, leaf, special)
-        return builder.value(root) if self.kinds[root] < FIRST_NODE_KIND else builder.run(self.payloads[root])
+        return Builder(self, leaf, special).build(root)
 
     def allowed(self, node: int) -> Any:
         """The user's own class for the callable of a CALL or OBJECT, or MISSING."""
@@ -201,8 +200,8 @@ def _no_leaf(kind: int, payload: int) -> Any:
     raise ProgramError("a tensor is a dict key")
 
 
-class _Builder:
-    """One build: objects by node, the nodes still to do, and the fills that had to wait for a cycle to close."""
+class Builder:
+    """Builds values; what is built twice is one object. Holds objects by node, and the fills that wait for a cycle to close."""
 
     def __init__(self, program: Program, leaf: Leaf, special: Special) -> None:
         self.program = program
@@ -210,11 +209,18 @@ class _Builder:
         self.special = special
         self.objects: dict[int, Any] = {}
         self.leaves: dict[tuple[int, int], Any] = {}
+        self.seen: set[int] = set()
         self.waiting: list[int] = []
 
-    def run(self, root: int) -> Any:
+    def build(self, position: int) -> Any:
+        """The object of the value at a position, with all that is below it."""
+        if self.program.kinds[position] >= FIRST_NODE_KIND:
+            self._build_node(self.program.payloads[position])
+        return self.value(position)
+
+    def _build_node(self, root: int) -> None:
         program, kinds, payloads = self.program, self.program.kinds, self.program.payloads
-        seen: set[int] = set()
+        seen = self.seen
         todo = [root]
         while todo:
             node = todo.pop()
@@ -228,9 +234,9 @@ class _Builder:
                 for position in range(start, end):
                     if kinds[position] >= FIRST_NODE_KIND and payloads[position] not in seen:
                         todo.append(payloads[position])
-        for node in self.waiting:
+        waiting, self.waiting = self.waiting, []
+        for node in waiting:
             self.fill(node)
-        return self.objects[root]
 
     def value(self, position: int) -> Any:
         """The object of a value, or MISSING where it closes a cycle and does not stand yet."""
@@ -280,7 +286,7 @@ class _Builder:
                 self.objects[node] = (tuple if kind == Kind.TUPLE else frozenset)(self.values(start, end))
                 return
             if kind == Kind.TYPED:
-                self.objects[node] = self.special(kind, "", self.values(start, end), None)
+                self.objects[node] = self.special(Meaning.TYPED, "", self.values(start, end), None)
                 return
             self.objects[node] = self.call(node)
         self.fill(node)

@@ -7,7 +7,7 @@ a row, or a wrapper of one that we know (a Parameter, a tensor with attributes).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .archive import Archive
@@ -285,7 +285,7 @@ class TensorTable:
     def tensors(self, root: int) -> dict[str, int]:
         """Every tensor and storage at and below a position, each container once: dotted name -> position."""
         names: dict[str, int] = {}
-        for position, path in self._walk(root):
+        for position, path in self._walk(root, self.is_tensor, self.program.with_tensors()):
             name = dotted(path)
             if name in names:
                 # "a.b" beside a/b, 0 beside "0": the later one keeps its structural path, which is unique.
@@ -293,18 +293,40 @@ class TensorTable:
             names[name] = position
         return names
 
-    def _walk(self, root: int) -> Iterator[tuple[int, tuple[Step, ...]]]:
-        """Depth first, in file order, without recursion. Paths are linked, and spelled out for tensors only."""
+    def strangers(self) -> dict[str, int]:
+        """Every call or object that policy does not know: dotted name -> position."""
+        program = self.program
+        found: dict[str, int] = {}
+        for position, path in self._walk(0, wanted=self._is_stranger, below=b"\1" * program.node_count):
+            name = dotted(path)
+            found[structural(path) if name in found else name] = position
+        return found
+
+    def is_tensor(self, position: int) -> bool:
+        """Whether a value is a tensor or a storage."""
+        kind = self.program.kinds[position]
+        return kind in (Kind.TENSOR, Kind.STORAGE) or (kind >= FIRST_NODE_KIND and self.leaf(position) is not None)
+
+    def _is_stranger(self, position: int) -> bool:
+        program = self.program
+        node = program.payloads[position]
+        return program.kinds[position] in (Kind.CALL, Kind.OBJECT) and program.meaning(node) == Meaning.STRANGER
+
+    def _walk(
+        self, root: int, wanted: Callable[[int], bool], below: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[Step, ...]]]:
+        """Wanted values, depth first, in file order, without recursion. Paths are linked, and spelled out for these only.
+
+        `below`: for each node whether to go into it.
+        """
         program = self.program
         seen: set[int] = set()
         todo: list[tuple[int, Any]] = [(root, None)]
-        below = program.with_tensors()
         while todo:
             position, path = todo.pop()
-            kind = program.kinds[position]
-            if kind == Kind.TENSOR or kind == Kind.STORAGE or (kind >= FIRST_NODE_KIND and self.leaf(position)):
+            if wanted(position):
                 yield position, _spelled(path)
-            if kind < FIRST_NODE_KIND:
+            if program.kinds[position] < FIRST_NODE_KIND:
                 continue
             node = program.payloads[position]
             if node in seen or not below[node]:

@@ -1,0 +1,46 @@
+"""zipslicer: open any PyTorch checkpoint without loading it, and read only the tensors that are asked for.
+
+    sd = zipslicer.load("model.pth")        # reads the directory and data.pkl, no tensor
+    sd["layer3.0.weight"]                   # a torch.Tensor that owns its memory
+    sd.get_slice("lm_head.weight")[:100]    # these rows, and nothing else
+"""
+
+from ._version import __version__
+from .checkpoint import Checkpoint, backend, load, open
+from .errors import (
+    ArchiveError,
+    ChangedError,
+    CheckpointError,
+    ProgramError,
+    TableError,
+    UnsafeError,
+    UnsupportedError,
+    ZipSlicerError,
+)
+from .policy import Description, Limits, Placeholder, describe
+from .state_dict import LazySequence, LazySlice, LazyStateDict
+from .table import TensorInfo
+
+__all__ = [
+    "ArchiveError",
+    "ChangedError",
+    "Checkpoint",
+    "CheckpointError",
+    "Description",
+    "LazySequence",
+    "LazySlice",
+    "LazyStateDict",
+    "Limits",
+    "Placeholder",
+    "ProgramError",
+    "TableError",
+    "TensorInfo",
+    "UnsafeError",
+    "UnsupportedError",
+    "ZipSlicerError",
+    "__version__",
+    "backend",
+    "describe",
+    "load",
+    "open",
+]

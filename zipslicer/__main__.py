@@ -1,0 +1,5 @@
+"""python -m zipslicer."""
+
+from .cli import main
+
+raise SystemExit(main())

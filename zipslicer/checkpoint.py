@@ -1,0 +1,206 @@
+"""Checkpoint: open() and load(), the four steps from a path to what the user holds, in order."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from .archive import Archive
+from .backend import Backend, choose
+from .errors import ArchiveError, ChangedError
+from .policy import Limits
+from .program import run_program
+from .source import ByteSource, open_source
+from .state_dict import LazyStateDict, View
+from .table import TensorTable
+from .tensors import ReadOptions
+
+__all__ = ["Checkpoint", "backend", "load", "open"]
+
+_BACKEND: Backend | None = None
+
+
+def _backend() -> Backend:
+    """Chosen once, whole, when the first file is opened."""
+    global _BACKEND
+    if _BACKEND is None:
+        _BACKEND = choose()
+    return _BACKEND
+
+
+def backend() -> str:
+    """ "native" or "pure": what reads the files. ZIPSLICER_BACKEND chooses it before the first use."""
+    return _backend().name
+
+
+class Checkpoint:
+    """An open checkpoint file, whatever its root is. Closes with ``with``, with `close`, or when nothing refers to it.
+
+    Attributes:
+        root: what torch.load would return, lazily.
+        tensors: every tensor of the file, flat, by dotted path: a LazyStateDict. Levels that a state_dict() does not name
+            (`_modules`, `_parameters`, `_buffers` of a pickled nn.Module) are left out of the paths.
+        placeholders: what the file names and zipslicer did not build, by dotted path; see zipslicer.describe.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._tensors: LazyStateDict | None = None
+
+    @property
+    def path(self) -> str | None:
+        return self._view.table.archive.source.path
+
+    @property
+    def root(self) -> Any:
+        return self._view.touch(0)
+
+    @property
+    def tensors(self) -> LazyStateDict:
+        if self._tensors is None:
+            names = self._view.table.tensors(0)
+            self._tensors = LazyStateDict._of(self._view, None, names, {}, True, None)
+        return self._tensors
+
+    @property
+    def placeholders(self) -> dict[str, Any]:
+        return {name: self._view.touch(position) for name, position in self._view.table.strangers().items()}
+
+    @property
+    def records(self) -> list[str]:
+        """The names of all records of the archive, in directory order."""
+        return self._view.table.archive.names()
+
+    def close(self) -> None:
+        self._view.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        program = self._view.program
+        return f"Checkpoint({self.path!r}: {program.tensor_count} tensors, {program.storage_count} storages)"
+
+
+def open(
+    source: Any,
+    *,
+    map_location: Any = "cpu",
+    dtype: Any = None,
+    cache_tensors: bool = False,
+    unknown: str = "placeholder",
+    allow: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    limits: Limits | None = None,
+    window: tuple[int, int] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
+
+    Args:
+        source: a path, bytes, or a seekable binary file object.
+        map_location: where tensors go: a device, a dict from the file's device names to devices, or a callable
+            (storage, device name) -> storage or None, as torch.load has it. None is the CPU, whatever the file names.
+        dtype: a floating-point torch.dtype: floating-point tensors are cast to it when they are read.
+        cache_tensors: keep each storage that was read, whole; tensors then share memory as they do in the file.
+        unknown: "placeholder" puts an inert Placeholder for what policy does not know; "error" refuses the file.
+        allow: classes to build for real, by dotted name: {"pkg.Config": pkg.Config}. They are called with what the file says.
+        threads: for large reads; by default the CPUs this process may use, at most 8, or ZIPSLICER_THREADS.
+        limits: what the file may ask for before a tensor is touched.
+        window: (offset, nbytes) of an archive inside a larger file.
+
+    Raises:
+        OSError: the system cannot open or read it.
+        CheckpointError: it is damaged, or contradicts itself; UnsupportedError, UnsafeError.
+    """
+    if unknown not in ("placeholder", "error"):
+        raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
+    options = ReadOptions(map_location, dtype, cache_tensors, threads)
+    bytes_in = open_source(source)
+    try:
+        return Checkpoint(_view(bytes_in, options, unknown, dict(allow or {}), limits or Limits(), window))
+    except BaseException:
+        bytes_in.close()
+        raise
+
+
+def load(
+    source: Any,
+    map_location: Any = "cpu",
+    dtype: Any = None,
+    cache_tensors: bool = False,
+    debug: bool = False,
+    *,
+    weights_only: bool = True,
+    unknown: str = "placeholder",
+    allow: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    limits: Limits | None = None,
+    window: tuple[int, int] | None = None,
+) -> Any:
+    """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
+
+    A root that is a tensor is read; a root that policy does not know (a whole pickled model) is an inert Placeholder,
+    whose tensors are in ``zipslicer.open(source).tensors``. Arguments and errors are those of `open`; `debug` is taken
+    for the sake of callers of zipslicer 0.8.1, and `weights_only=False` changes nothing: no code of a file is ever run.
+    """
+    if not weights_only:
+        warnings.warn("weights_only=False changes nothing: zipslicer never runs code from a file", stacklevel=2)
+    return open(
+        source,
+        map_location=map_location,
+        dtype=dtype,
+        cache_tensors=cache_tensors,
+        unknown=unknown,
+        allow=allow,
+        threads=threads,
+        limits=limits,
+        window=window,
+    ).root
+
+
+def _view(
+    source: ByteSource, options: ReadOptions, unknown: str, allow: dict[str, Any], limits: Limits, window: tuple[int, int] | None
+) -> View:
+    """The steps: source -> archive -> program -> table."""
+    archive = Archive(source, _backend(), limits, window)
+    swapped = _is_swapped(archive)
+    program = run_program(archive, limits, unknown=unknown, allow=allow)
+    table = TensorTable(program, archive, swapped)
+    recipe = None
+    if source.path is not None:
+        recipe = (_reopen, (source.path, options, unknown, allow, limits, window, zlib.crc32(archive.block)))
+    return View(table, options, recipe)
+
+
+def _reopen(
+    path: str, options: ReadOptions, unknown: str, allow: dict[str, Any], limits: Limits, window: tuple[int, int] | None, crc: int
+) -> View:
+    """Unpickle: the same file at the same path, known by its directory."""
+    source = open_source(path)
+    try:
+        view = _view(source, options, unknown, allow, limits, window)
+        if zlib.crc32(view.table.archive.block) != crc:
+            raise ChangedError("the file at this path is not the one that was pickled", path=path)
+        return view
+    except BaseException:
+        source.close()
+        raise
+
+
+def _is_swapped(archive: Archive) -> bool:
+    """Whether the file's byte order is not this host's. Without a record it is little, as torch has it since 2.1."""
+    found = archive.find("byteorder")
+    order = b"little" if found is None else archive.read(found, 64)
+    if order not in (b"little", b"big"):
+        raise ArchiveError(
+            f"byteorder is {order!r}; it must be b'little' or b'big'", record="byteorder", path=archive.source.path
+        )
+    host = b"little" if array("H", [1]).tobytes()[0] else b"big"
+    return order != host
+

@@ -1,0 +1,466 @@
+"""Tensors: rows in, torch tensors out. The one floor that imports torch, and only when something is touched.
+
+What is handed out owns its memory: a storage of exactly the bytes it needs, over a buffer that nobody else has.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .arrays import array_value
+from .backend import FIRST_NODE_KIND, Kind
+from .plan import Geometry, hull, index, is_contiguous, numel, pieces
+from .policy import DTYPES, NOT_PLAIN, Meaning
+from .program import Builder
+from .table import ROW, Leaf, Row, TensorTable
+
+__all__ = ["ReadOptions", "TensorReader", "default_threads"]
+
+THREADED = 4 << 20  # bytes; a read of this much is worth more than one thread
+LOCAL_THREADS = 8  # a warm copy is limited by memory bandwidth, which a few threads use up
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """How tensors are to come out."""
+
+    map_location: Any = "cpu"
+    dtype: Any = None
+    cache_tensors: bool = False
+    threads: int | None = None
+
+
+def default_threads() -> int:
+    """ZIPSLICER_THREADS, or the CPUs this process may use, at most 8."""
+    given = os.environ.get("ZIPSLICER_THREADS")
+    if given:
+        if not given.isdigit() or int(given) < 1:
+            raise ValueError(f"ZIPSLICER_THREADS must be a number from 1 on, not {given!r}")
+        return int(given)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(LOCAL_THREADS, cpus)
+
+
+class TensorReader:
+    """Reads the rows of one table. Safe for concurrent use."""
+
+    def __init__(self, table: TensorTable, options: ReadOptions) -> None:
+        import torch
+
+        self.torch = torch
+        self.table = table
+        self.threads = options.threads or default_threads()
+        self.dtypes = [getattr(torch, dtype.name, None) for dtype in DTYPES]
+        self.dtypes += [torch.uint8] * (256 - len(DTYPES))  # an untyped storage without a dtype is bytes
+        self.place = _Place(torch, options)
+        self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
+        archive = table.archive
+        self._source = archive.source
+        self._archive = archive
+        self._read_record = archive.backend.read_record
+        self._frombuffer = torch.frombuffer
+
+    # ---------------------------------------------------------------- one tensor
+    def tensor(self, number: int) -> Any:
+        """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, one read."""
+        table = self.table
+        if self._cache is not None or self.place.special or self.torch.is_inference_mode_enabled():
+            return self._tensor_slowly(number)
+        program = table.program
+        storage, dtype, itemsize, offset, dims, ndim, flags, _ = ROW.unpack_from(program.tensors, number << 6)
+        record = table.direct[storage]
+        if record is None:
+            table.is_direct(storage)
+            record = table.direct[storage]
+        middle = dims + ndim
+        sizes = program.dims[dims:middle].tolist()
+        run = 1
+        for stride, size in zip(reversed(program.dims[middle : middle + ndim]), reversed(sizes)):
+            if stride != run and size != 1:
+                return self._tensor_slowly(number)
+            run *= size
+        nbytes = run * itemsize
+        if record < 0 or flags or not 0 < nbytes < THREADED:  # type: ignore[operator]
+            return self._tensor_slowly(number)
+        archive, source = self._archive, self._source
+        buffer = self._read_record(
+            source.handle, source.stamp, archive.block, archive.entries, record, offset * itemsize, nbytes
+        )
+        made = self._frombuffer(buffer, dtype=self._dtype(dtype))
+        return made if ndim == 1 else made.view(sizes)
+
+    def _dtype(self, dtype: int) -> Any:
+        made = self.dtypes[dtype]
+        if made is None:
+            raise NotImplementedError(f"torch {self.torch.__version__} has no dtype {DTYPES[dtype].name}; a newer one does")
+        return made
+
+    def _tensor_slowly(self, number: int) -> Any:
+        row = self.table.row(number)
+        geometry = self.table.geometry(row)
+        with self.torch.inference_mode(False):
+            if self.place.is_meta:
+                made = self._view(self.torch.UntypedStorage(0, device="meta"), row, geometry)
+            elif self._cache is not None:
+                made = self._view(self._cached_storage(row.storage), row, geometry)
+            else:
+                extent = hull(geometry) * row.itemsize
+                storage = self._storage(row.storage, row.storage_offset * row.itemsize, extent, self._unit(row.dtype))
+                storage = self.place.storage(storage, self.table.program.locations[row.storage])
+                made = self._view(storage, row, geometry._replace(storage_offset=0))
+            return self._finish(made, row)
+
+    def _view(self, storage: Any, row: Row, geometry: Geometry) -> Any:
+        """A tensor on a storage. The geometry is proved to lie in it, so that set_ never grows it."""
+        torch = self.torch
+        dtype = self._dtype(row.dtype)
+        if storage.device.type == "meta":
+            return torch.empty_strided(geometry.sizes, geometry.strides, dtype=dtype, device="meta")
+        made = torch.empty(0, dtype=dtype, device=storage.device)
+        return made.set_(storage, geometry.storage_offset, geometry.sizes, geometry.strides)
+
+    def _finish(self, made: Any, row: Row) -> Any:
+        if row.conj or row.neg:
+            bits = {name: True for name, on in (("conj", row.conj), ("neg", row.neg)) if on}
+            self.torch._C._set_tensor_metadata(made, bits)
+        made = self.place.cast(made)
+        return made.requires_grad_() if row.requires_grad else made
+
+    def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
+        """A tensor with what is wrapped around it."""
+        made = self.tensor(leaf.number)
+        if leaf.parameter:
+            made = self.torch.nn.Parameter(made.detach(), leaf.requires_grad)
+        return _with_attributes(self.torch, made, attributes)
+
+    def _unit(self, dtype: int) -> int:
+        return self.table.dtype(dtype).unit if self.table.swapped else 1
+
+    def _storage(self, storage: int, start: int, nbytes: int, unit: int = 1) -> Any:
+        """Bytes [start, start + nbytes) of a storage, in this host's byte order, as an UntypedStorage of just these."""
+        return self._storages([(storage, start, nbytes, unit)])[0]
+
+    def _storages(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[Any]:
+        """Many at once, in file order, on threads; each (storage, start, nbytes, unit of its elements)."""
+        table, archive, torch = self.table, self._archive, self.torch
+        allocate = archive.backend.allocate
+        jobs, buffers = [], []
+        for storage, start, nbytes, _ in wanted:
+            if not nbytes:
+                buffers.append(None)
+            elif table.is_direct(storage) or archive.is_stored(record := table.record(storage)):
+                record = table.direct[storage] if table.direct[storage] >= 0 else record  # type: ignore[operator,assignment]
+                jobs.append((record, start, nbytes, len(buffers), 0))
+                buffers.append(allocate(nbytes))
+            else:
+                buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
+        if jobs:
+            archive.read_into(jobs, [b if b is not None else b"" for b in buffers], self.threads)
+        made = []
+        for buffer, (_, _, nbytes, unit) in zip(buffers, wanted):
+            if buffer is None:
+                made.append(torch.UntypedStorage(0, device="cpu"))
+                continue
+            flat = torch.frombuffer(buffer, dtype=torch.uint8)
+            if unit > 1:
+                turned = flat[: nbytes - nbytes % unit].view(-1, unit)
+                turned.copy_(turned.flip(1))
+            made.append(flat.untyped_storage())
+        return made
+
+    def _cached_storage(self, storage: int) -> Any:
+        assert self._cache is not None
+        made = self._cache.get(storage)
+        if made is None:
+            unit = self._whole_unit(storage, range(self.table.program.tensor_count))
+            made = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
+            made = self._cache.setdefault(storage, self.place.storage(made, self.table.program.locations[storage]))
+        return made
+
+    def _whole_unit(self, storage: int, numbers: Iterable[int]) -> int:
+        """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
+        if not self.table.swapped:
+            return 1
+        rows = (self.table.row(number) for number in numbers)
+        return max((self._unit(row.dtype) for row in rows if row.storage == storage), default=1)
+
+    def storage_value(self, storage: int, untyped: Any = None) -> Any:
+        """A storage that stands as a value: torch.UntypedStorage, or a TypedStorage where the file has a typed class."""
+        torch = self.torch
+        if untyped is None:
+            if self._cache is not None:
+                untyped = self._cached_storage(storage)
+            else:
+                dtype = self.table.storage_dtype(storage)
+                unit = self._unit(dtype) if dtype < len(DTYPES) else 1
+                untyped = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
+                untyped = self.place.storage(untyped, self.table.program.locations[storage])
+        dtype = self.table.storage_dtype(storage)
+        if dtype >= len(DTYPES):
+            return untyped
+        return torch.storage.TypedStorage(wrap_storage=untyped, dtype=self._dtype(dtype), _internal=True)
+
+    def storage_bytes(self, storage: int) -> Any:
+        """The same as a tensor of its bytes."""
+        torch = self.torch
+        nbytes = self.table.storage_nbytes(storage)
+        untyped = self._storage(storage, 0, nbytes)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(untyped, 0, (nbytes,), (1,))
+
+    # ---------------------------------------------------------------- a part of one tensor
+    def slice(self, leaf: Leaf, wanted: Any) -> Any:
+        """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
+        torch, row = self.torch, self.table.row(leaf.number)
+        sliced = index(self.table.geometry(row), wanted)
+        with torch.inference_mode(False):
+            made = self._read_slice(row, sliced.geometry)
+            if sliced.flips:
+                made = made.flip(sliced.flips)
+            made = self.place.tensor(made, self.table.program.locations[row.storage])
+            made = self._finish(made, row._replace(flags=row.flags & ~1))
+        return made.requires_grad_() if leaf.requires_grad else made
+
+    def _read_slice(self, row: Row, geometry: Geometry) -> Any:
+        torch, itemsize = self.torch, row.itemsize
+        dtype, unit = self._dtype(row.dtype), self._unit(row.dtype)
+        count = numel(geometry.sizes)
+        if not count:
+            return torch.empty(geometry.sizes, dtype=dtype, device="cpu")
+        through = hull(geometry)
+        if through == count and is_contiguous(geometry.sizes, geometry.strides):
+            untyped = self._storage(row.storage, geometry.storage_offset * itemsize, through * itemsize, unit)
+            return self._view(untyped, row, geometry._replace(storage_offset=0))
+        made: Any = None
+        for piece in pieces(geometry, itemsize):
+            if piece.runs:
+                flat = self._read_runs(row, piece.runs, piece.run_numel, unit)
+                part = self._view(flat, row, Geometry(0, piece.geometry.sizes, _row_major(piece.geometry.sizes)))
+                exact = True
+            else:
+                start, extent = piece.geometry.storage_offset, hull(piece.geometry)
+                flat = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
+                part = self._view(flat, row, piece.geometry._replace(storage_offset=0))
+                # A stretch read through holds bytes that were not asked for; a hull without holes does not.
+                exact = extent <= count
+            if not piece.part:
+                return part if exact else part.contiguous()
+            if made is None:
+                buffer = self._archive.backend.allocate(count * itemsize)
+                made = torch.frombuffer(buffer, dtype=dtype).view(geometry.sizes)
+            target = made
+            for cut in piece.part:
+                target = target.narrow(*cut)
+            target.copy_(part)
+        return made
+
+    def _read_runs(self, row: Row, runs: Sequence[int], run_numel: int, unit: int) -> Any:
+        """Runs of a storage, one after the other, as an UntypedStorage."""
+        table, itemsize = self.table, row.itemsize
+        nbytes = run_numel * itemsize
+        if not table.is_direct(row.storage) or unit > 1:
+            parts = self._storages([(row.storage, start * itemsize, nbytes, unit) for start in runs])
+            joined = self.torch.empty(len(runs) * nbytes, dtype=self.torch.uint8, device="cpu")
+            for i, part in enumerate(parts):
+                view = self.torch.empty(0, dtype=self.torch.uint8, device="cpu").set_(part, 0, (nbytes,), (1,))
+                joined[i * nbytes : (i + 1) * nbytes] = view
+            return joined.untyped_storage()
+        record: Any = table.direct[row.storage]
+        buffer = self._archive.backend.allocate(nbytes * len(runs))
+        jobs = [(record, start * itemsize, nbytes, 0, i * nbytes) for i, start in enumerate(runs)]
+        self._archive.read_into(jobs, [buffer], self.threads)
+        return self.torch.frombuffer(buffer, dtype=self.torch.uint8).untyped_storage()
+
+    # ---------------------------------------------------------------- many tensors, sharing as the file does
+    def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Rows by number and storages, each storage read once and whole -> (tensors by row, storages by id).
+
+        As torch.load does it: all tensors of one storage key are views of one storage.
+        """
+        table = self.table
+        rows = {number: table.row(number) for number in dict.fromkeys(numbers)}
+        with self.torch.inference_mode(False):
+            if self.place.is_meta:
+                return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {})
+            units: dict[int, set[int]] = collections.defaultdict(set)
+            uses: dict[int, int] = collections.Counter(storages)
+            for row in rows.values():
+                units[row.storage].add(self._unit(row.dtype))
+                uses[row.storage] += 1
+            # In a file of foreign byte order, one storage under two element sizes has no whole form that is right for both.
+            mixed = {storage for storage, found in units.items() if len(found) > 1}
+            whole = self._read_whole([s for s in uses if s not in mixed or s in set(storages)], units)
+            made = {}
+            for number, row in rows.items():
+                if row.storage in mixed:
+                    made[number] = self._tensor_slowly(number)
+                else:
+                    made[number] = self._finish(self._view(whole[row.storage], row, table.geometry(row)), row)
+        return made, whole
+
+    def _read_whole(self, storages: Iterable[int], units: dict[int, set[int]]) -> dict[int, Any]:
+        wanted = list(dict.fromkeys(storages))
+        if self._cache is not None:
+            return {storage: self._cached_storage(storage) for storage in wanted}
+        table = self.table
+        extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {1})) for s in wanted]
+        read = self._storages(extents)
+        locations = table.program.locations
+        return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}
+
+    def builder(self, positions: Sequence[int]) -> Builder:
+        """Builds these values as torch.load would return them, out of tensors that are all read here, in parallel."""
+        numbers, storages = _below(self.table, positions)
+        tensors, whole = self.shared(numbers, storages)
+
+        def leaf(kind: int, payload: int) -> Any:
+            return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
+
+        return Builder(self.table.program, leaf, self.special)
+
+    # ---------------------------------------------------------------- values that are no tensors
+    def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
+        """What a known global or call of torch or NumPy means; see program.Special."""
+        return special_value(self.torch, meaning, name, args, state)
+
+
+def special_value(torch: Any, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
+    if meaning >= Meaning.NUMPY_ARRAY:
+        return array_value(meaning, args, state)
+    if meaning == Meaning.DTYPE or meaning == Meaning.QSCHEME or meaning == Meaning.MEMORY_FORMAT:
+        return getattr(torch, name.removeprefix("torch."), NOT_PLAIN) if not args else NOT_PLAIN
+    if meaning == Meaning.SIZE and len(args) == 1 and isinstance(args[0], (tuple, list)):
+        return torch.Size(args[0]) if all(type(n) is int and -1 << 63 <= n < 1 << 63 for n in args[0]) else NOT_PLAIN
+    if meaning == Meaning.DEVICE and args:
+        try:
+            return torch.device(*args) if type(args[0]) is str and all(type(a) is int for a in args[1:2]) else NOT_PLAIN
+        except RuntimeError:  # a device type that this torch does not know
+            return NOT_PLAIN
+    if meaning == Meaning.LAYOUT and len(args) == 1 and type(args[0]) is str:
+        made = getattr(torch, args[0].removeprefix("torch."), None) if args[0] in _LAYOUTS else None
+        return NOT_PLAIN if made is None else made
+    if meaning == Meaning.TYPED:
+        return _with_attributes(torch, args[0], args[2])
+    if meaning in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
+        stateful = meaning == Meaning.PARAMETER_WITH_STATE
+        if len(args) == 3 + stateful and isinstance(args[0], torch.Tensor) and type(args[1]) is bool:
+            made = torch.nn.Parameter(args[0].detach(), args[1])
+            made.__dict__.update(args[0].__dict__)
+            return _with_attributes(torch, made, args[3] if stateful else None)
+    return NOT_PLAIN
+
+
+_LAYOUTS = {"torch." + name for name in (
+    "strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn"
+)}  # fmt: skip
+
+
+def _with_attributes(torch: Any, made: Any, state: Any) -> Any:
+    """Give a tensor the Python attributes that the file has for it, except those that would hide torch's own."""
+    parts = state if type(state) is tuple and len(state) == 2 else (state,)
+    for part in parts:
+        if isinstance(part, dict):
+            for name, value in part.items():
+                if type(name) is str and not hasattr(torch.Tensor, name):
+                    made.__dict__[name] = value
+    return made
+
+
+def _below(table: TensorTable, positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The rows and storages that values reach."""
+    program = table.program
+    kinds, payloads = program.kinds, program.payloads
+    if positions[:1] == [0]:  # the root: all of them
+        return list(range(program.tensor_count)), [payloads[i] for i in _find(kinds, Kind.STORAGE)]
+    numbers: list[int] = []
+    storages: list[int] = []
+    seen: set[int] = set()
+    runs: list[Sequence[int]] = [positions]
+    while runs:
+        for position in runs.pop():
+            kind, payload = kinds[position], payloads[position]
+            if kind == Kind.TENSOR:
+                numbers.append(payload)
+            elif kind == Kind.STORAGE:
+                storages.append(payload)
+            elif kind >= FIRST_NODE_KIND and payload not in seen:
+                seen.add(payload)
+                runs.append(range(*program.span(payload)))
+    return numbers, storages
+
+
+def _find(kinds: bytes, kind: int) -> list[int]:
+    found, at = [], kinds.find(kind)
+    while at >= 0:
+        found.append(at)
+        at = kinds.find(kind, at + 1)
+    return found
+
+
+def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides, run = [], 1
+    for n in reversed(sizes):
+        strides.append(run)
+        run *= n
+    return tuple(reversed(strides))
+
+
+class _Place:
+    """map_location and dtype: where tensors go, and as what."""
+
+    def __init__(self, torch: Any, options: ReadOptions) -> None:
+        self.torch = torch
+        where = options.map_location
+        self._call: Callable[[Any, str], Any] | None = None
+        self._table: dict[str, Any] | None = None
+        self.device: Any = None
+        if where is None or (isinstance(where, str) and where == "cpu"):
+            pass
+        elif isinstance(where, (str, torch.device, int)) and not isinstance(where, bool):
+            device = torch.device(where)
+            self.device = None if device.type == "cpu" else device
+        elif isinstance(where, dict):
+            self._table = where
+        elif callable(where):
+            self._call = where
+        else:
+            raise TypeError(f"map_location is a device, a dict, a callable or None, not {type(where).__name__}")
+        self.is_meta = self.device is not None and self.device.type == "meta"
+        self.dtype = options.dtype
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
+        self.special = bool(self.device or self._call or self._table or self.dtype)
+
+    def storage(self, untyped: Any, location: str) -> Any:
+        """A CPU storage -> where it belongs. A location without an entry stays on the CPU."""
+        if self._call is not None:
+            made = self._call(untyped, location)
+            return untyped if made is None else getattr(made, "_untyped_storage", made)
+        device = self.device
+        if self._table is not None:
+            device = self.torch.device(self._table.get(location, "cpu"))
+        if device is None or device.type == "cpu":
+            return untyped
+        if device.type == "meta":
+            return self.torch.UntypedStorage(untyped.nbytes(), device="meta")
+        return untyped.to(device=device)
+
+    def tensor(self, made: Any, location: str) -> Any:
+        """The same for a slice, whose storage is its own."""
+        untyped = made.untyped_storage()
+        placed = self.storage(untyped, location)
+        if placed is untyped:
+            return made
+        if placed.device.type == "meta":
+            return self.torch.empty_strided(made.size(), made.stride(), dtype=made.dtype, device="meta")
+        empty = self.torch.empty(0, dtype=made.dtype, device=placed.device)
+        return empty.set_(placed, made.storage_offset(), made.size(), made.stride())
+
+    def cast(self, made: Any) -> Any:
+        if self.dtype is None or not made.dtype.is_floating_point:
+            return made
+        return made.to(self.dtype)
+
