@@ -20,6 +20,7 @@ __all__ = ["Archive"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
+LOCAL_SIGNATURE = b"PK\x03\x04"
 METHOD_NAMES = {1: "shrink", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # of the stream format that torch wrote before 1.6
 
@@ -51,8 +52,11 @@ class Archive:
         tail_offset = max(self.base, end - TAIL_NBYTES)
         tail = read_at(self.backend, self.source, tail_offset, end - tail_offset)
         head = tail[:512] if tail_offset == self.base else read_at(self.backend, self.source, self.base, 512)
-        _refuse_other_formats(head, self.base)
+        _refuse_other_formats(head, tail, self.base)
         offset, nbytes, count = self.backend.find_directory(tail, tail_offset, self.base)
+        if head[:4] != LOCAL_SIGNATURE:
+            # torch.load goes by these four bytes; a ZIP whose records begin later is one that two readers see differently.
+            raise ArchiveError("bytes that belong to no record stand before the archive", offset=self.base)
         if nbytes > self.limits.directory_nbytes:
             raise ArchiveError(
                 f"the central directory has {nbytes} bytes; Limits(directory_nbytes=...) raises the limit", offset=offset
@@ -190,9 +194,9 @@ def _window(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, in
     return offset, nbytes
 
 
-def _refuse_other_formats(head: bytes, base: int) -> None:
+def _refuse_other_formats(head: bytes, tail: bytes, base: int) -> None:
     """Name what a file is, where that is known and it is no ZIP archive."""
-    if head[:4] == b"PK\x03\x04":
+    if head[:4] == LOCAL_SIGNATURE:
         return
     if LEGACY_MAGIC in head[:16]:
         raise UnsupportedError(
@@ -206,5 +210,5 @@ def _refuse_other_formats(head: bytes, base: int) -> None:
         raise ArchiveError("this is a Git LFS pointer, not the file it points to: run `git lfs pull`", offset=base)
     if not head:
         raise ArchiveError("the file is empty", offset=base)
-    # torch.load goes by these four bytes too; a ZIP that begins later is one that two readers see differently.
-    raise ArchiveError(f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with b'PK\\x03\\x04'", offset=base)
+    if b"PK\x05\x06" not in tail:
+        raise ArchiveError(f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with {LOCAL_SIGNATURE!r}", offset=base)

@@ -79,7 +79,7 @@ class Program:
         """The positions of a mapping's keys; each value is at the next position. A CALL's are after its list items."""
         start, end = self.span(node)
         if self.kind(node) in (Kind.CALL, Kind.OBJECT):
-            start += PARTS - 1 + self.nodes[node * NODE_FIELDS + NodeField.APPENDS]
+            start += PARTS + self.nodes[node * NODE_FIELDS + NodeField.APPENDS]
         return range(start, end - (end - start) % 2, 2)
 
     def state_position(self, node: int) -> int | None:
@@ -92,7 +92,7 @@ class Program:
     def appended(self, node: int) -> range:
         """The positions of the list items of a CALL or OBJECT."""
         start, _ = self.span(node)
-        return range(start + PARTS - 1, start + PARTS - 1 + self.nodes[node * NODE_FIELDS + NodeField.APPENDS])
+        return range(start + PARTS, start + PARTS + self.nodes[node * NODE_FIELDS + NodeField.APPENDS])
 
     def meaning(self, node: int) -> int:
         """What the callable of a CALL means to us; STRANGER for an OBJECT, which policy never builds."""
@@ -346,8 +346,8 @@ class Builder:
         appends = len(self.program.appended(node))
         about.args = values[ARGS]
         about.kwargs = {} if self.absent(node, KWARGS) else values[KWARGS]
-        about.list_items = values[PARTS - 1 : PARTS - 1 + appends]
-        rest = values[PARTS - 1 + appends :]
+        about.list_items = values[PARTS : PARTS + appends]
+        rest = values[PARTS + appends :]
         self.set_items(about.items, rest[::2], rest[1::2])
         if not self.absent(node, STATE):
             about.state = values[STATE]
@@ -359,8 +359,8 @@ class Builder:
     def fill_known(self, node: int, made: Any, values: list[Any]) -> None:
         """Items and state of a defaultdict or Counter, or of an object of a class that the user allowed."""
         appends = len(self.program.appended(node))
-        listed = values[PARTS - 1 : PARTS - 1 + appends]
-        rest = values[PARTS - 1 + appends :]
+        listed = values[PARTS : PARTS + appends]
+        rest = values[PARTS + appends :]
         if self.program.allowed(node) is not MISSING:
             if not self.absent(node, STATE):
                 _give_state(made, values[STATE])

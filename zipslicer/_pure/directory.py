@@ -70,7 +70,7 @@ def _end_record(tail: bytes, at: int, tail_offset: int, base: int) -> tuple[int,
     """The end record at a position of the tail, with its ZIP64 twin -> (offset, nbytes, count, gap)."""
     where = tail_offset + at
     _, disk, cd_disk, here, count, nbytes, offset, _ = END.unpack_from(tail, at)
-    start = where
+    start, offset64 = where, 0
     if at >= LOCATOR.size and tail[at - LOCATOR.size : at - LOCATOR.size + 4] == b"PK\x06\x07":
         if at < LOCATOR.size + END64.size:
             raise ArchiveError("a ZIP64 locator without its end record", offset=where - LOCATOR.size)
@@ -79,9 +79,8 @@ def _end_record(tail: bytes, at: int, tail_offset: int, base: int) -> tuple[int,
         signature, size, _, _, number, cd_disk64, here64, count64, nbytes64, cd_offset64 = END64.unpack_from(
             tail, at - LOCATOR.size - END64.size
         )
-        if signature != b"PK\x06\x06" or size != END64.size - 12 or base + offset64 != start:
-            # The locator must lead to the record that stands before it, and nowhere else: CVE-2025-8291.
-            raise ArchiveError("the ZIP64 locator does not lead to the ZIP64 end record before it", offset=where - LOCATOR.size)
+        if signature != b"PK\x06\x06" or size != END64.size - 12:
+            raise ArchiveError("a ZIP64 locator without its end record", offset=where - LOCATOR.size)
         if disk64 or number or cd_disk64 or disks > 1:
             raise ArchiveError("the archive is one part of several", offset=start)
         for small, large, saturated in (
@@ -102,6 +101,10 @@ def _end_record(tail: bytes, at: int, tail_offset: int, base: int) -> tuple[int,
     gap = start - (base + offset + nbytes)
     if gap < 0 or max(offset, nbytes, count) > INT64_MAX:
         raise ArchiveError("the central directory does not lie before its end record", offset=where)
+    if gap == 0 and start != where and base + offset64 != start:
+        # The locator must lead to the record that stands before it, and nowhere else: CVE-2025-8291. (With a gap it
+        # cannot, and the gap is what there is to say.)
+        raise ArchiveError("the ZIP64 locator does not lead to the ZIP64 end record before it", offset=where - LOCATOR.size)
     return base + offset, nbytes, count, gap
 
 

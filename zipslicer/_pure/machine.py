@@ -144,13 +144,14 @@ class Call:
 class Machine:
     """The parts of the machine that do not sit in the opcode loop: calls, persistent ids, keys."""
 
-    def __init__(self, actions: Mapping[tuple[str, str], int], limits: Sequence[int]) -> None:
+    def __init__(self, actions: Mapping[tuple[str, str], int], limits: Sequence[int], program_nbytes: int) -> None:
         self.actions = actions
         self.depth, self.dimensions, self.text_nbytes, self.long_nbytes, self.tuple_keys, refuse = limits
         self.refuse_unknown = bool(refuse)
         self.globals: dict[tuple[str, str], Global] = {}
         self.storages: dict[str, Storage] = {}
         self.tuple_keys_seen = 0
+        self.pairs_left = program_nbytes  # that OrderedDict may still copy: an honest pickle writes each for one dict
 
     def name(self, module: Any, name: Any, at: int) -> Global:
         if type(module) is not str or type(name) is not str:
@@ -224,6 +225,9 @@ class Machine:
             for pair in args[0]:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
                     raise ProgramError("OrderedDict takes nothing, or one list of pairs", offset=at)
+                self.pairs_left -= 1
+                if self.pairs_left < 0:
+                    raise ProgramError("OrderedDict takes the same pairs over and over", offset=at)
                 self.check_key(pair[0], at)
                 items += pair
         return Dict(ORDERED_DICT, items)
@@ -416,7 +420,7 @@ def native_text(raw: bytes) -> str:
 
 def scan_pickle(program: bytes, actions: Mapping[tuple[str, str], int], limits: Sequence[int]) -> tuple[Any, ...]:
     """See backend.Backend.scan_pickle."""
-    machine = Machine(actions, limits)
+    machine = Machine(actions, limits, len(program))
     root, stop = _run(program, machine)
     return _flatten(root, machine.depth, stop)
 
