@@ -14,10 +14,13 @@ namespace zipslicer {
 // Who is to blame; module.cc raises the class of zipslicer.errors of the same name.
 enum class Blame : std::uint8_t { archive, program, table, changed, unsupported, unsafe };
 
+constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};  // of an error that is about no byte in particular
+
 // The one exception of csrc/ that is about a file. `offset` counts as the function that throws says.
 class Error : public std::runtime_error {
  public:
-  Error(Blame who, std::uint64_t where, const std::string& what) : std::runtime_error(what), blame(who), offset(where) {}
+  Error(Blame who, std::uint64_t where, const std::string& what)
+      : std::runtime_error(what), blame(who), offset(where) {}
 
   Blame blame;
   std::uint64_t offset;
@@ -35,6 +38,18 @@ struct Span {
   // REQUIRES: start + n <= size. For ranges that were checked before; a Cursor checks by itself.
   [[nodiscard]] Span part(std::size_t start, std::size_t n) const { return {data + start, n}; }
   [[nodiscard]] std::string_view text() const { return {reinterpret_cast<const char*>(data), size}; }
+
+  // Up to eight bytes from start on, in the host's order, zeros after the end: for hashing and comparing by words.
+  // REQUIRES: start < size.
+  [[nodiscard]] std::uint64_t word(std::size_t start) const {
+    std::uint64_t value = 0;
+    if (size - start >= sizeof value) {
+      std::memcpy(&value, data + start, sizeof value);
+    } else {
+      std::memcpy(&value, data + start, size - start);
+    }
+    return value;
+  }
 };
 
 // Reads little-endian values one after the other. Past the end it throws Error(blame, origin + position of `mark`).
@@ -59,6 +74,19 @@ class Cursor {
     const Span taken = bytes_.part(at_, static_cast<std::size_t>(n));
     at_ += static_cast<std::size_t>(n);
     return taken;
+  }
+
+  // Up to the next '\n', which is passed over too; false, and nowhere moved, if none comes within `limit` bytes.
+  bool line(std::uint64_t limit, Span* found) {
+    const Span rest = bytes_.part(at_, left());
+    const std::size_t end =
+        rest.text().substr(0, limit < left() ? static_cast<std::size_t>(limit) + 1 : left()).find('\n');
+    if (end == std::string_view::npos) {
+      return false;
+    }
+    *found = take(end);
+    ++at_;
+    return true;
   }
 
   std::uint8_t u8() { return *take(1).data; }

@@ -62,7 +62,7 @@ class Checkpoint:
     def tensors(self) -> LazyStateDict:
         if self._tensors is None:
             names = self._view.table.tensors(0)
-            self._tensors = LazyStateDict._of(self._view, None, names, {}, True, None)
+            self._tensors = LazyStateDict._of(self._view, None, names, {}, None)
         return self._tensors
 
     @property

@@ -228,14 +228,13 @@ class LazyStateDict(MutableMapping[Any, Any]):
     It is no dict: code that insists on one takes `materialize()`.
     """
 
-    __slots__ = ("__weakref__", "_as_bytes", "_overlay", "_own_metadata", "_position", "_slots", "_view")
+    __slots__ = ("__weakref__", "_overlay", "_own_metadata", "_position", "_slots", "_view")
 
     _view: View
     _position: int | None  # of the node this was made from; None for a selection
     _slots: dict[Any, int]  # key -> position, or OVERLAID
     _overlay: dict[Any, Any]
     _own_metadata: Any
-    _as_bytes: bool  # a bare storage is read as a tensor of its bytes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a LazyStateDict comes from zipslicer.load(path); for a plain dict of its tensors call .materialize()")
@@ -243,7 +242,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
     @classmethod
     def _of(
         cls, view: View, position: int | None, slots: dict[Any, int] | None = None, overlay: dict[Any, Any] | None = None,
-        as_bytes: bool = False, metadata: Any = MISSING,
+        metadata: Any = MISSING,
     ) -> LazyStateDict:  # fmt: skip
         self = cls.__new__(cls)
         if slots is None:
@@ -253,7 +252,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             slots = dict(zip(view.program.keys(node, view.special), range(pairs.start + 1, pairs.stop + 1, 2)))
         self._view, self._position, self._slots = view, position, slots
         self._overlay = {} if overlay is None else overlay
-        self._as_bytes, self._own_metadata = as_bytes, metadata
+        self._own_metadata = metadata
         return self
 
     # ---------------------------------------------------------------- the mapping
@@ -274,8 +273,6 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 return view.reader.tensor(view.program.payloads[position])
             except ZipSlicerError as error:
                 raise error.located(path=view.table.archive.source.path, key=key) from None
-        if self._as_bytes and view.program.kinds[position] == Kind.STORAGE:
-            return view.reader.storage_bytes(view.program.payloads[position])
         return view.touch(position, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -331,10 +328,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def copy(self) -> LazyStateDict:
         """A shallow copy: keys and overlay are its own, nested containers and the file are shared."""
-        made = LazyStateDict._of(
-            self._view, self._position, dict(self._slots), dict(self._overlay), self._as_bytes, self._own_metadata
-        )
-        return made
+        return LazyStateDict._of(self._view, self._position, dict(self._slots), dict(self._overlay), self._own_metadata)
 
     __copy__ = copy
 
@@ -476,8 +470,6 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 made[key] = _materialize(self._overlay[key])
             elif position in lazy:
                 made[key] = held[program.payloads[position]].materialize()
-            elif self._as_bytes and program.kinds[position] == Kind.STORAGE:
-                made[key] = self._view.reader.storage_bytes(program.payloads[position])
             else:
                 made[key] = built[position]
         return made
@@ -501,7 +493,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 raise MissingKey(pattern, self._slots)
         slots = {key: position for key, position in self._slots.items() if key in wanted}
         overlay = {key: value for key, value in self._overlay.items() if key in wanted}
-        return LazyStateDict._of(self._view, None, slots, overlay, self._as_bytes, self._metadata)
+        return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
 
     def flatten(self, separator: str = ".") -> LazyStateDict:
         """Every tensor of this mapping and of those nested in it, by its path; reads nothing. Other values are left out."""
@@ -530,7 +522,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 elif isinstance(child, (Mapping, list, tuple, LazySequence)):
                     deeper.append((name + separator, child))
             todo.extend(reversed(deeper))
-        return LazyStateDict._of(self._view, None, slots, overlay, True, None)
+        return LazyStateDict._of(self._view, None, slots, overlay, None)
 
     def rename(self, names: Callable[[Any], Any] | Mapping[Any, Any]) -> LazyStateDict:
         """Give keys other names, in place; reads nothing. Returns self.
@@ -569,7 +561,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         _refuse_torch_save("LazyStateDict")
-        return _restored, (self._view, self._position, self._slots, self._overlay, self._as_bytes, self._metadata)
+        return _restored, (self._view, self._position, self._slots, self._overlay, self._metadata)
 
     # ---------------------------------------------------------------- looks
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -737,10 +729,10 @@ class LazySlice:
         return f"LazySlice({self._key!r}, {self.info!r})"
 
 
-def _restored(view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], as_bytes: bool, metadata: Any) -> LazyStateDict:
+def _restored(view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], metadata: Any) -> LazyStateDict:
     if overlay:
         view.is_edited = True
-    return LazyStateDict._of(view, position, slots, overlay, as_bytes, metadata)
+    return LazyStateDict._of(view, position, slots, overlay, metadata)
 
 
 def _refuse_torch_save(name: str) -> None:

@@ -204,13 +204,6 @@ class TensorReader:
             return untyped
         return torch.storage.TypedStorage(wrap_storage=untyped, dtype=self._dtype(dtype), _internal=True)
 
-    def storage_bytes(self, storage: int) -> Any:
-        """The same as a tensor of its bytes."""
-        torch = self.torch
-        nbytes = self.table.storage_nbytes(storage)
-        untyped = self._storage(storage, 0, nbytes)
-        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(untyped, 0, (nbytes,), (1,))
-
     # ---------------------------------------------------------------- a part of one tensor
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
         """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
