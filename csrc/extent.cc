@@ -1,0 +1,689 @@
+// Extent. The order is that of a read: Reader, Plan (which calls), Run (their work), the three entrances, the memory.
+#include "extent.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+
+#ifndef _WIN32
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#endif
+
+namespace zipslicer {
+namespace {
+
+constexpr std::size_t kThreadsFrom = std::size_t{4} << 20;  // bytes; below, starting a thread costs more than it gives
+constexpr int kMaxThreads = 64;           // more do not read faster, and a caller's typing error must not fork-bomb
+constexpr std::uint64_t kNear = 4096;     // a gap of at most a page is read along: its page is on its way anyway
+constexpr std::uint64_t kFar = 64 << 10;  // a larger gap, up to this, only while all of them stay below ...
+constexpr std::uint64_t kFarShare = 20;   // ... a twentieth of the bytes asked for
+constexpr std::uint64_t kHeaderRoom = 8 << 10;  // of local header read along; torch pads them to 4 KiB at most
+constexpr std::size_t kMaxScratch = 256 << 10;  // headers and gaps of one call; stays in the cache
+constexpr auto kPollInterval = std::chrono::milliseconds(100);
+
+#if defined(__GNUC__)
+std::int64_t load_relaxed(const std::int64_t& value) { return __atomic_load_n(&value, __ATOMIC_RELAXED); }
+void store_relaxed(std::int64_t& value, std::int64_t now) { __atomic_store_n(&value, now, __ATOMIC_RELAXED); }
+#else  // MSVC: an aligned volatile access of eight bytes is one
+std::int64_t load_relaxed(const std::int64_t& value) { return const_cast<const volatile std::int64_t&>(value); }
+void store_relaxed(std::int64_t& value, std::int64_t now) { const_cast<volatile std::int64_t&>(value) = now; }
+#endif
+
+// Fills all parts from offset on, and leaves them used up. Throws Error(changed) at the first byte that is missing.
+void fill(Reader& reader, iovec* parts, int count, std::uint64_t offset) {
+  for (;;) {
+    while (count > 0 && parts->iov_len == 0) {
+      ++parts, --count;
+    }
+    if (count == 0) {
+      return;
+    }
+    std::size_t got = reader.preadv(parts, count, offset);
+    if (got == 0) {
+      throw Error(Blame::changed, offset, "the file ends here: it is shorter than when it was opened");
+    }
+    offset += got;
+    while (count > 0 && got >= parts->iov_len) {
+      got -= parts->iov_len;
+      ++parts, --count;
+    }
+    if (count > 0) {
+      parts->iov_base = static_cast<unsigned char*>(parts->iov_base) + got;
+      parts->iov_len -= got;
+    }
+  }
+}
+
+void fill(Reader& reader, void* to, std::size_t nbytes, std::uint64_t offset) {
+  iovec part{to, nbytes};
+  fill(reader, &part, 1, offset);
+}
+
+// ---- local headers ----
+
+std::uint64_t header_of(const Entry& entry) { return static_cast<std::uint64_t>(entry.header_offset); }
+
+// Where the payload is, as far as anybody knows. Another thread may prove it at any time, so ask once and hold on to
+// the answer.
+struct Payload {
+  explicit Payload(const Entry& entry) {
+    const std::int64_t value = load_relaxed(entry.payload_offset);
+    proved = value >= 0;
+    offset = static_cast<std::uint64_t>(proved ? value : ~value);
+  }
+
+  std::uint64_t offset;
+  bool proved;
+};
+
+// Bytes of header that a first read takes along: up to the predicted payload, if that is near.
+std::size_t header_room(const Entry& entry, std::uint64_t predicted) {
+  return static_cast<std::size_t>(std::min(predicted - header_of(entry), kHeaderRoom));
+}
+
+// Checks the local header, of which `head` holds a first part, writes the payload's offset down, and returns it.
+std::uint64_t prove(Reader& reader, const Archive& archive, std::size_t record, Span head) {
+  Entry& entry = archive.entries[record];
+  std::vector<unsigned char> whole;
+  const std::uint64_t room = static_cast<std::uint64_t>(entry.limit) - header_of(entry);
+  const auto wanted = static_cast<std::size_t>(std::min(local_header_nbytes(head), room));
+  if (wanted > head.size) {
+    whole.resize(wanted);
+    fill(reader, whole.data(), wanted, header_of(entry));
+    head = Span(whole.data(), whole.size());
+  }
+  const std::uint64_t payload = parse_local_header(head, archive.block, entry);
+  store_relaxed(entry.payload_offset, static_cast<std::int64_t>(payload));
+  return payload;
+}
+
+// REQUIRES of all functions here: what parse_directory writes. A caller that passes anything else gets an exception.
+const Entry& checked_entry(const Archive& archive, std::size_t record) {
+  if (record >= archive.count) {
+    throw std::out_of_range("no record " + std::to_string(record) + ": the directory has " +
+                            std::to_string(archive.count));
+  }
+  const Entry& entry = archive.entries[record];
+  if (entry.header_offset < 0 || entry.limit < entry.header_offset || entry.stored_nbytes < 0 ||
+      Payload(entry).offset < header_of(entry)) {
+    throw std::invalid_argument("entries were not made by parse_directory");
+  }
+  return entry;
+}
+
+const Entry& checked_range(const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes) {
+  const Entry& entry = checked_entry(archive, record);
+  if (start < 0 || nbytes < 0 || start > entry.stored_nbytes || nbytes > entry.stored_nbytes - start) {
+    throw std::invalid_argument("bytes " + std::to_string(start) + " to " + std::to_string(start) + " + " +
+                                std::to_string(nbytes) + " of a record of " + std::to_string(entry.stored_nbytes));
+  }
+  return entry;
+}
+
+// ---- Plan ----
+
+constexpr std::size_t kNoRecord = ~std::size_t{0};
+
+// A part of a call: bytes that somebody wants, or (without a place to go to) the local header of `record`, which will
+// show whether its payload is where it was predicted to be.
+struct Part {
+  std::uint64_t offset;
+  Destination to;
+  std::size_t record = kNoRecord;
+  std::uint64_t predicted = 0;
+
+  [[nodiscard]] bool is_header() const { return record != kNoRecord; }
+  [[nodiscard]] std::uint64_t end() const { return offset + to.nbytes; }
+};
+
+// Parts [first, last) of the plan, which one preadv reads, with the gaps between them.
+struct Call {
+  std::size_t first;
+  std::size_t last;
+};
+
+// Which calls read what is wanted. Parts come in file order.
+class Plan {
+ public:
+  // `total`: all bytes that will be added; of them follow the size of a chunk and the gaps that are worth reading.
+  Plan(std::uint64_t total, int threads, std::size_t parts)
+      : total_(total), chunk_(chunk_for(total, std::clamp(threads, 1, kMaxThreads))) {
+    parts_.reserve(parts);
+  }
+
+  void add_header(const Entry& entry, std::size_t record, std::uint64_t predicted) {
+    add({header_of(entry), {nullptr, header_room(entry, predicted)}, record, predicted});
+  }
+
+  // Cut where the memory, not the file, is at a multiple of a huge page: no two threads then fault in the same one.
+  void add(std::uint64_t offset, Destination to) {
+    while (to.nbytes > chunk_) {
+      const std::size_t cut = chunk_ - reinterpret_cast<std::uintptr_t>(to.data) % kHugePage;
+      add(Part{offset, {to.data, cut}});
+      offset += cut;
+      to = {to.data + cut, to.nbytes - cut};
+    }
+    add(Part{offset, to});
+  }
+
+  [[nodiscard]] std::uint64_t total() const { return total_; }
+  [[nodiscard]] const std::vector<Call>& calls() const { return calls_; }
+  [[nodiscard]] const Part* begin(const Call& call) const { return parts_.data() + call.first; }
+  [[nodiscard]] const Part* end(const Call& call) const { return parts_.data() + call.last; }
+  [[nodiscard]] std::size_t most_scratch() const { return most_scratch_; }
+  [[nodiscard]] int most_iovecs() const { return most_iovecs_; }
+
+ private:
+  // Enough chunks that threads end at about the same time, large enough that a call costs nothing.
+  static std::size_t chunk_for(std::uint64_t total, int threads) {
+    const std::uint64_t share = total / (4 * static_cast<std::uint64_t>(threads)) / kHugePage * kHugePage;
+    return static_cast<std::size_t>(std::clamp<std::uint64_t>(share, kHugePage, kChunk));
+  }
+
+  void add(const Part& part) {
+    if (!join(part)) {
+      calls_.push_back({parts_.size(), parts_.size()});
+      wanted_ = scratch_ = 0;
+      iovecs_ = 0;
+      count(part, 0);
+    }
+    parts_.push_back(part);
+    ++calls_.back().last;
+  }
+
+  bool join(const Part& part) {
+    if (calls_.empty() || part.offset < parts_.back().end()) {
+      return false;  // the first, or one that overlaps what the call has read already
+    }
+    const std::uint64_t gap = part.offset - parts_.back().end();
+    if (gap > kNear && (gap > kFar || far_ + gap > total_ / kFarShare)) {
+      return false;
+    }
+    if (iovecs_ + 2 > kMaxParts || scratch_ + gap + part.to.nbytes * part.is_header() > kMaxScratch ||
+        (!part.is_header() && wanted_ + part.to.nbytes > chunk_)) {
+      return false;
+    }
+    far_ += gap > kNear ? gap : 0;
+    count(part, static_cast<std::size_t>(gap));
+    return true;
+  }
+
+  void count(const Part& part, std::size_t gap) {
+    wanted_ += part.is_header() ? 0 : part.to.nbytes;
+    scratch_ += gap + (part.is_header() ? part.to.nbytes : 0);
+    iovecs_ += gap != 0 ? 2 : 1;
+    most_scratch_ = std::max(most_scratch_, scratch_);
+    most_iovecs_ = std::max(most_iovecs_, iovecs_);
+  }
+
+  std::uint64_t total_;
+  std::size_t chunk_;
+  std::vector<Part> parts_;
+  std::vector<Call> calls_;
+  std::uint64_t far_ = 0;  // bytes of all gaps larger than kNear
+  // Of the last call:
+  std::size_t wanted_ = 0;
+  std::size_t scratch_ = 0;
+  int iovecs_ = 0;
+  // Of any call:
+  std::size_t most_scratch_ = 0;
+  int most_iovecs_ = 0;
+};
+
+// ---- Run ----
+
+// Does the calls of a plan. Of several failures the first in file order is the one that is thrown, whichever thread met
+// it first: calls start in file order, and a call that was started is ended.
+class Run {
+ public:
+  // `archive` may be null if the plan holds no headers.
+  Run(Reader& reader, const Archive* archive, const Plan& plan, const Poll& poll)
+      : reader_(reader), archive_(archive), plan_(plan), poll_(poll) {}
+
+  void run(int threads) {
+    std::vector<std::thread> workers;
+    try {
+      for (std::size_t i = 1; i < thread_count(threads); ++i) {
+        workers.emplace_back([this] { work(Poll()); });
+      }
+    } catch (const std::exception&) {
+      // The system gives no more threads: fewer do the same work.
+    }
+    work(poll_);
+    for (std::thread& worker : workers) {
+      worker.join();
+    }
+    if (failure_) {
+      std::rethrow_exception(failure_);
+    }
+  }
+
+  // Records whose payload was not where the directory let us think: what was read of them is something else.
+  [[nodiscard]] const std::vector<std::size_t>& mistaken() const { return mistaken_; }
+
+ private:
+  // A local header within the scratch of a call.
+  struct Head {
+    const Part* part;
+    std::size_t start;
+  };
+
+  // What one thread needs for call after call.
+  struct Room {
+    explicit Room(const Plan& plan)
+        : scratch(new unsigned char[plan.most_scratch() + 1]),
+          iovecs(new iovec[static_cast<std::size_t>(plan.most_iovecs())]) {}
+
+    std::unique_ptr<unsigned char[]> scratch;  // uninitialised, unlike a vector
+    std::unique_ptr<iovec[]> iovecs;
+    std::vector<Head> heads;
+  };
+
+  [[nodiscard]] std::size_t thread_count(int threads) const {
+    if (!reader_.parallel() || plan_.total() < kThreadsFrom) {
+      return 1;
+    }
+    return std::min(static_cast<std::size_t>(std::clamp(threads, 1, kMaxThreads)), plan_.calls().size());
+  }
+
+  void work(const Poll& poll) {
+    std::uint64_t offset = 0;
+    try {
+      Room room(plan_);
+      auto polled = std::chrono::steady_clock::now();
+      while (!stopped_.load(std::memory_order_relaxed)) {
+        const std::size_t i = next_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= plan_.calls().size()) {
+          return;
+        }
+        offset = plan_.begin(plan_.calls()[i])->offset;
+        read(plan_.calls()[i], room);
+        if (poll && std::chrono::steady_clock::now() - polled > kPollInterval) {
+          poll();
+          polled = std::chrono::steady_clock::now();
+        }
+      }
+    } catch (const Error& error) {
+      fail(error.offset);
+    } catch (...) {
+      fail(offset);
+    }
+  }
+
+  void fail(std::uint64_t offset) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!failure_ || offset < failure_offset_) {
+      failure_ = std::current_exception();
+      failure_offset_ = offset;
+    }
+    stopped_.store(true, std::memory_order_relaxed);
+  }
+
+  void read(const Call& call, Room& room) {
+    const int count = lay_out(call, room);
+    fill(reader_, room.iovecs.get(), count, plan_.begin(call)->offset);
+    for (const Head& head : room.heads) {
+      check(head, room);
+    }
+  }
+
+  // Writes the iovecs of a call: what is wanted goes where it is wanted; headers, and gaps before and after them, go
+  // into the scratch in one stretch. Returns how many iovecs there are.
+  int lay_out(const Call& call, Room& room) const {
+    room.heads.clear();
+    std::size_t scratch = 0;
+    int count = 0;
+    bool in_scratch = false;
+    std::uint64_t at = plan_.begin(call)->offset;
+    for (const Part* part = plan_.begin(call); part != plan_.end(call); ++part) {
+      const auto gap = static_cast<std::size_t>(part->offset - at);
+      const std::size_t aside = gap + (part->is_header() ? part->to.nbytes : 0);
+      if (aside != 0) {
+        if (in_scratch) {
+          room.iovecs[static_cast<std::size_t>(count - 1)].iov_len += aside;
+        } else {
+          room.iovecs[static_cast<std::size_t>(count++)] = {room.scratch.get() + scratch, aside};
+        }
+        in_scratch = true;
+        scratch += aside;
+      }
+      if (part->is_header()) {
+        room.heads.push_back({part, scratch - part->to.nbytes});
+      } else {
+        room.iovecs[static_cast<std::size_t>(count++)] = {part->to.data, part->to.nbytes};
+        in_scratch = false;
+      }
+      at = part->end();
+    }
+    return count;
+  }
+
+  void check(const Head& head, const Room& room) {
+    const Span bytes(room.scratch.get() + head.start, head.part->to.nbytes);
+    if (prove(reader_, *archive_, head.part->record, bytes) != head.part->predicted) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      mistaken_.push_back(head.part->record);
+    }
+  }
+
+  Reader& reader_;
+  const Archive* archive_;
+  const Plan& plan_;
+  const Poll& poll_;
+  std::atomic<std::size_t> next_{0};
+  std::atomic<bool> stopped_{false};
+  std::mutex mutex_;  // guards what follows
+  std::exception_ptr failure_;
+  std::uint64_t failure_offset_ = 0;
+  std::vector<std::size_t> mistaken_;
+};
+
+// For extents and for what is wanted of records.
+template <typename T>
+void sort_by_offset(std::vector<T>& many) {
+  const auto earlier = [](const T& a, const T& b) { return a.offset < b.offset; };
+  if (!std::is_sorted(many.begin(), many.end(), earlier)) {
+    std::sort(many.begin(), many.end(), earlier);
+  }
+}
+
+template <typename T>
+std::uint64_t total_nbytes(const std::vector<T>& many) {
+  std::uint64_t total = 0;
+  for (const T& one : many) {
+    total += one.to.nbytes;
+  }
+  return total;
+}
+
+// ---- many records ----
+
+// A job, looked up.
+struct Wanted {
+  std::uint64_t offset;  // of its bytes, if the payload is where we think
+  Destination to;
+  std::size_t record;
+  Payload payload;
+};
+
+Destination checked_place(const std::vector<Destination>& buffers, const Job& job) {
+  if (job.buffer < 0 || static_cast<std::size_t>(job.buffer) >= buffers.size()) {
+    throw std::out_of_range("no buffer " + std::to_string(job.buffer) + ": there are " +
+                            std::to_string(buffers.size()));
+  }
+  const Destination& buffer = buffers[static_cast<std::size_t>(job.buffer)];
+  const auto place = static_cast<std::uint64_t>(job.place), nbytes = static_cast<std::uint64_t>(job.nbytes);
+  if (job.place < 0 || place > buffer.nbytes || nbytes > buffer.nbytes - place) {
+    throw std::invalid_argument(std::to_string(job.nbytes) + " bytes at place " + std::to_string(job.place) +
+                                " of a buffer of " + std::to_string(buffer.nbytes));
+  }
+  return {buffer.data + place, static_cast<std::size_t>(nbytes)};
+}
+
+std::vector<Wanted> look_up(const Archive& archive, const std::vector<Job>& jobs,
+                            const std::vector<Destination>& buffers) {
+  std::vector<Wanted> wanted;
+  wanted.reserve(jobs.size());
+  for (const Job& job : jobs) {
+    const auto record = static_cast<std::size_t>(job.record);
+    const Entry& entry = checked_range(archive, record, job.start, job.nbytes);
+    const Payload payload(entry);
+    wanted.push_back(
+        {payload.offset + static_cast<std::uint64_t>(job.start), checked_place(buffers, job), record, payload});
+  }
+  sort_by_offset(wanted);
+  return wanted;
+}
+
+// Predictions stay between a header and its record's limit, so all jobs of a record are neighbours in `wanted`, and the
+// first of them brings the header along.
+std::vector<std::size_t> read_wanted(Reader& reader, const Archive& archive, const std::vector<Wanted>& wanted,
+                                     int threads, const Poll& poll) {
+  Plan plan(total_nbytes(wanted), threads, 2 * wanted.size());
+  std::size_t asked = kNoRecord;
+  for (const Wanted& one : wanted) {
+    if (!one.payload.proved && one.record != asked) {
+      plan.add_header(archive.entries[one.record], one.record, one.payload.offset);
+      asked = one.record;
+    }
+    plan.add(one.offset, one.to);
+  }
+  Run run(reader, &archive, plan, poll);
+  run.run(threads);
+  return run.mistaken();
+}
+
+std::vector<Job> jobs_of(const std::vector<Job>& jobs, std::vector<std::size_t> records) {
+  std::sort(records.begin(), records.end());
+  std::vector<Job> chosen;
+  for (const Job& job : jobs) {
+    if (std::binary_search(records.begin(), records.end(), static_cast<std::size_t>(job.record))) {
+      chosen.push_back(job);
+    }
+  }
+  return chosen;
+}
+
+[[noreturn]] void fail_changed() { throw Error(Blame::changed, kNoOffset, "the file was changed after it was opened"); }
+
+// Does a read, then asks whether it was of the file that was opened. A file rewritten under us is no archive that lies.
+template <typename Read>
+void with_stamp(const Reader& reader, Read read) {
+  try {
+    read();
+  } catch (const Error& error) {
+    if (error.blame == Blame::archive && reader.changed()) {
+      fail_changed();
+    }
+    throw;
+  }
+  if (reader.changed()) {
+    fail_changed();
+  }
+}
+
+// ---- one record ----
+
+// A record that nobody has read: header and payload in one call where they are near and the prediction is right.
+void read_unproved(Reader& reader, const Archive& archive, std::size_t record, std::uint64_t predicted,
+                   std::uint64_t start, Destination to) {
+  const Entry& entry = archive.entries[record];
+  const std::uint64_t header = header_of(entry);
+  unsigned char scratch[kHeaderRoom];
+  const std::size_t room = header_room(entry, predicted);
+  const bool near = predicted - header <= kHeaderRoom && start <= kHeaderRoom - (predicted - header);
+  if (near) {
+    iovec parts[] = {{scratch, room + static_cast<std::size_t>(start)}, {to.data, to.nbytes}};
+    fill(reader, parts, 2, header);
+  } else {
+    fill(reader, scratch, room, header);
+  }
+  const std::uint64_t payload = prove(reader, archive, record, Span(scratch, room));
+  if (!near || payload != predicted) {
+    fill(reader, to.data, to.nbytes, payload + start);
+  }
+}
+
+}  // namespace
+
+void check_range(const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes) {
+  checked_range(archive, record, start, nbytes);
+}
+
+void read_extents(Reader& reader, const std::vector<Extent>& extents, int threads, const Poll& poll) {
+  std::vector<Extent> sorted = extents;
+  sort_by_offset(sorted);
+  Plan plan(total_nbytes(sorted), threads, sorted.size());
+  for (const Extent& extent : sorted) {
+    plan.add(extent.offset, extent.to);
+  }
+  Run(reader, nullptr, plan, poll).run(threads);
+}
+
+void read_record(Reader& reader, const Archive& archive, std::size_t record, std::int64_t start, Destination to,
+                 const Poll& poll) {
+  if (to.nbytes > kChunk) {  // worth cutting, so that Ctrl-C is heard
+    const Job job{static_cast<std::int64_t>(record), start, static_cast<std::int64_t>(to.nbytes), 0, 0};
+    read_records(reader, archive, {job}, {to}, 1, poll);
+    return;
+  }
+  const Payload payload(checked_range(archive, record, start, static_cast<std::int64_t>(to.nbytes)));
+  const auto from = static_cast<std::uint64_t>(start);
+  with_stamp(reader, [&] {
+    if (payload.proved) {
+      fill(reader, to.data, to.nbytes, payload.offset + from);
+    } else {
+      read_unproved(reader, archive, record, payload.offset, from, to);
+    }
+  });
+}
+
+void read_records(Reader& reader, const Archive& archive, const std::vector<Job>& jobs,
+                  const std::vector<Destination>& buffers, int threads, const Poll& poll) {
+  const std::vector<Wanted> wanted = look_up(archive, jobs, buffers);
+  with_stamp(reader, [&] {
+    const std::vector<std::size_t> mistaken = read_wanted(reader, archive, wanted, threads, poll);
+    if (!mistaken.empty()) {
+      read_wanted(reader, archive, look_up(archive, jobs_of(jobs, mistaken), buffers), threads, poll);
+    }
+  });
+}
+
+// ---- POSIX ----
+
+#ifndef _WIN32
+namespace {
+
+[[noreturn]] void fail_system() { throw std::system_error(errno, std::generic_category()); }
+
+#ifdef __APPLE__
+const timespec& mtime_of(const struct stat& status) { return status.st_mtimespec; }
+#else
+const timespec& mtime_of(const struct stat& status) { return status.st_mtim; }
+#endif
+
+}  // namespace
+
+std::size_t PosixReader::preadv(const iovec* parts, int count, std::uint64_t offset) {
+  for (;;) {
+    const ssize_t got = ::preadv(fd_, parts, count, static_cast<off_t>(offset));
+    if (got >= 0) {
+      return static_cast<std::size_t>(got);
+    }
+    if (errno != EINTR) {
+      fail_system();
+    }
+  }
+}
+
+bool PosixReader::changed() const {
+  if (stamp_ == nullptr) {
+    return false;
+  }
+  struct stat status;
+  if (::fstat(fd_, &status) != 0) {
+    fail_system();
+  }
+  const timespec& mtime = mtime_of(status);
+  return status.st_size != stamp_->nbytes || static_cast<std::int64_t>(status.st_ino) != stamp_->inode ||
+         mtime.tv_sec * std::int64_t{1000000000} + mtime.tv_nsec != stamp_->mtime_ns;
+}
+
+bool read_record_cached(const PosixReader& reader, const Archive& archive, std::size_t record, std::int64_t start,
+                        Destination to) {
+  const Payload payload(archive.entries[record]);
+  if (!payload.proved || !reader.read_cached(to.data, to.nbytes, payload.offset + static_cast<std::uint64_t>(start))) {
+    return false;
+  }
+  if (reader.changed()) {
+    fail_changed();
+  }
+  return true;
+}
+
+bool PosixReader::read_cached(void* to, std::size_t nbytes, std::uint64_t offset) const {
+#ifdef RWF_NOWAIT
+  const iovec part{to, nbytes};
+  return ::preadv2(fd_, &part, 1, static_cast<off_t>(offset), RWF_NOWAIT) == static_cast<ssize_t>(nbytes);
+#else
+  static_cast<void>(to), static_cast<void>(nbytes), static_cast<void>(offset);
+  return false;
+#endif
+}
+#endif
+
+// ---- memory ----
+
+#if defined(_WIN32)
+Memory::Memory(std::size_t nbytes) : data_(static_cast<unsigned char*>(std::malloc(nbytes))), nbytes_(nbytes) {
+  if (data_ == nullptr) {
+    throw std::bad_alloc();
+  }
+}
+
+Memory::~Memory() { std::free(data_); }
+#else
+namespace {
+
+std::size_t rounded_up(std::size_t nbytes, std::size_t to) { return (nbytes + to - 1) / to * to; }
+
+// Fresh anonymous pages that begin at a multiple of a huge page, or null. Over-mapped and trimmed: kernels before 6.7
+// place a mapping on any page.
+void* map_aligned(std::size_t nbytes) {
+  void* const mapped = ::mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    return nullptr;
+  }
+  auto* const begin = static_cast<unsigned char*>(mapped);
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % kHugePage;
+  if (before != 0) {
+    ::munmap(begin, before);
+  }
+  ::munmap(begin + before + nbytes, kHugePage - before);
+#ifdef MADV_HUGEPAGE
+  ::madvise(begin + before, nbytes, MADV_HUGEPAGE);  // where it fails, small pages are right, and slower
+#endif
+  return begin + before;
+}
+
+}  // namespace
+
+Memory::Memory(std::size_t nbytes) : nbytes_(nbytes) {
+  // Rounded to pages only: what follows the last whole huge page cannot become one, so nothing is held but what is
+  // used.
+  const std::size_t mapped = rounded_up(nbytes, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
+  if (nbytes <= mapped && mapped < SIZE_MAX / 2) {
+    data_ = static_cast<unsigned char*>(map_aligned(mapped));
+  }
+  if (data_ != nullptr) {
+    mapped_ = mapped;
+    return;
+  }
+  data_ = static_cast<unsigned char*>(std::malloc(nbytes));  // vm.max_map_count is reached, or memory is short
+  if (data_ == nullptr) {
+    throw std::bad_alloc();
+  }
+}
+
+Memory::~Memory() {
+  if (mapped_ != 0) {
+    ::munmap(data_, mapped_);
+  } else {
+    std::free(data_);
+  }
+}
+#endif
+
+}  // namespace zipslicer

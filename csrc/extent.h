@@ -1,0 +1,151 @@
+// Extent: positioned reads into memory the caller owns, and that memory. Read this beside _pure/extent.py.
+//
+// An extent is a stretch of the file and the memory it goes to. Extents are sorted by offset, neighbours that are near
+// become one preadv, large ones are cut into chunks, and the calls are handed to threads that live for one large read:
+// there is no pool and no global state, so fork and free threading need no care. Knows no Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#ifdef _WIN32
+struct iovec {
+  void* iov_base;
+  std::size_t iov_len;
+};
+#else
+#include <sys/uio.h>
+#endif
+
+#include "bytes.h"
+#include "directory.h"
+
+namespace zipslicer {
+
+// What fstat said when the file was opened: backend.py calls it the stamp.
+struct Stamp {
+  std::int64_t nbytes;
+  std::int64_t mtime_ns;
+  std::int64_t inode;
+};
+
+// Where bytes come from.
+class Reader {
+ public:
+  Reader() = default;
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+  virtual ~Reader() = default;
+
+  // Fills the parts in order from the byte at offset; returns how many bytes came, 0 only at the end of the file.
+  // REQUIRES: count <= kMaxParts, and no more than kMaxNbytes together.
+  virtual std::size_t preadv(const iovec* parts, int count, std::uint64_t offset) = 0;
+
+  // Whether preadv may be called by several threads at once.
+  [[nodiscard]] virtual bool parallel() const { return false; }
+
+  // Whether this is no longer the file that was opened. A source that cannot tell says no.
+  [[nodiscard]] virtual bool changed() const { return false; }
+};
+
+constexpr int kMaxParts = 1024;                 // IOV_MAX of Linux and macOS
+constexpr std::size_t kMaxNbytes = 0x7ffff000;  // what Linux reads in one call; macOS refuses more than 2**31 - 1
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kChunk = std::size_t{8} << 20;  // the largest call of a long read; 4 and 16 MiB are no faster
+
+#ifndef _WIN32
+// A POSIX file descriptor, which stays the caller's. Safe for concurrent use. Throws std::system_error.
+class PosixReader final : public Reader {
+ public:
+  PosixReader(int fd, const Stamp* stamp) : fd_(fd), stamp_(stamp) {}
+
+  std::size_t preadv(const iovec* parts, int count, std::uint64_t offset) override;
+  [[nodiscard]] bool parallel() const override { return true; }
+  [[nodiscard]] bool changed() const override;
+
+  // Fills one part from the page cache without ever waiting for a disk. False if that cannot be done; then the part
+  // holds anything.
+  bool read_cached(void* to, std::size_t nbytes, std::uint64_t offset) const;
+
+ private:
+  int fd_;
+  const Stamp* stamp_;
+};
+#endif
+
+// Called by the thread that called us about every tenth of a second; what it throws ends the read.
+using Poll = std::function<void()>;
+
+// Memory to be filled. REQUIRES: it lives as long as the read.
+struct Destination {
+  unsigned char* data;
+  std::size_t nbytes;
+};
+
+struct Extent {
+  std::uint64_t offset;
+  Destination to;
+};
+
+// The directory as parse_directory left it. `entries` may be shared among threads: payload_offset is loaded and stored
+// atomically, and nothing else is written.
+struct Archive {
+  Span block;
+  Entry* entries;
+  std::size_t count;
+};
+
+// One row of jobs: backend.Job.
+struct Job {
+  std::int64_t record;
+  std::int64_t start;
+  std::int64_t nbytes;
+  std::int64_t buffer;
+  std::int64_t place;
+};
+
+// Fills every extent, whole. Throws Error(changed) where the file ends first, what the reader throws, and what poll
+// throws.
+void read_extents(Reader& reader, const std::vector<Extent>& extents, int threads, const Poll& poll);
+
+// Throws std::out_of_range or std::invalid_argument if the record has no bytes [start, start + nbytes).
+void check_range(const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes);
+
+// `to.nbytes` bytes from byte `start` of a record's payload on. Proves the local header first if nobody did.
+// Throws as read_extents and check_range, and Error(archive), or Error(changed) if the reader has changed.
+void read_record(Reader& reader, const Archive& archive, std::size_t record, std::int64_t start, Destination to,
+                 const Poll& poll);
+
+#ifndef _WIN32
+// The same of a record that is proved and in the page cache. False, and anything in `to`, if it is not: never waits for
+// a disk. Throws Error(changed). REQUIRES: check_range passed.
+bool read_record_cached(const PosixReader& reader, const Archive& archive, std::size_t record, std::int64_t start,
+                        Destination to);
+#endif
+
+// The same for many. Throws as read_record.
+void read_records(Reader& reader, const Archive& archive, const std::vector<Job>& jobs,
+                  const std::vector<Destination>& buffers, int threads, const Poll& poll);
+
+// Writable memory for large tensors, of any content: on huge pages and aligned to them where the system has any, since
+// page faults and not reading are what a warm load waits for.
+class Memory {
+ public:
+  explicit Memory(std::size_t nbytes);  // throws std::bad_alloc
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory();
+
+  [[nodiscard]] unsigned char* data() const { return data_; }
+  [[nodiscard]] std::size_t nbytes() const { return nbytes_; }
+
+ private:
+  unsigned char* data_ = nullptr;
+  std::size_t nbytes_;
+  std::size_t mapped_ = 0;  // bytes to unmap; 0: the memory came from malloc
+};
+
+}  // namespace zipslicer

@@ -1,0 +1,491 @@
+// Module: the map. Binds the functions of backend.Backend, releases the GIL, and turns Error into zipslicer.errors.
+//
+// Safe without a GIL: nothing here is global but the package's name, bytes do not change, and of `entries` only
+// payload_offset is written, atomically.
+#include <pybind11/pybind11.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "bytes.h"
+#include "directory.h"
+#include "extent.h"
+#include "module_graph.h"
+
+namespace zipslicer {
+namespace {
+
+namespace py = pybind11;
+
+constexpr std::size_t kLargeFrom = kHugePage;  // bytes; from here on a buffer is Memory, below a bytearray
+constexpr std::int64_t kSmallTo = 16 << 10;    // bytes; up to here a cached read is shorter than handing the GIL over
+
+// ---- errors ----
+
+std::string package;  // of zipslicer.errors; written once, by the import
+
+const char* class_of(Blame blame) {
+  switch (blame) {
+    case Blame::archive:
+      return "ArchiveError";
+    case Blame::program:
+      return "ProgramError";
+    case Blame::table:
+      return "TableError";
+    case Blame::changed:
+      return "ChangedError";
+    case Blame::unsupported:
+      return "UnsupportedError";
+    case Blame::unsafe:
+      return "UnsafeError";
+  }
+  return "ZipSlicerError";
+}
+
+// Names out of the file are any bytes.
+py::object decoded(const std::string& text) {
+  PyObject* made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace");
+  if (made == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(made);
+}
+
+void set_error(const Error& error) {
+  const py::object type = py::module_::import((package + ".errors").c_str()).attr(class_of(error.blame));
+  py::dict where;
+  if (error.offset != kNoOffset) {
+    where["offset"] = error.offset;
+  }
+  if (error.blame == Blame::unsafe) {
+    where["global_name"] = decoded(error.global_name);
+  }
+  PyErr_SetObject(type.ptr(), type(decoded(error.what()), **where).ptr());
+}
+
+void set_system_error(const std::system_error& error) {
+  errno = error.code().value();
+  PyErr_SetFromErrno(PyExc_OSError);
+}
+
+// For pybind11, which translates the rest.
+void translate(std::exception_ptr thrown) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const Error& error) {
+    set_error(error);
+  } catch (const std::system_error& error) {
+    set_system_error(error);
+  }
+}
+
+// For a function that pybind11 does not wrap. Always returns null, with a Python error set.
+PyObject* translate_all() noexcept {
+  try {
+    try {
+      throw;
+    } catch (const Error& error) {
+      set_error(error);
+    } catch (const std::system_error& error) {
+      set_system_error(error);
+    }
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::out_of_range& error) {
+    PyErr_SetString(PyExc_IndexError, error.what());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// ---- arguments ----
+
+Span span_of(const py::handle& bytes) {
+  if (PyBytes_Check(bytes.ptr()) == 0) {
+    throw py::type_error("bytes are wanted here");
+  }
+  return {PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr()))};
+}
+
+std::int64_t integer_of(const py::handle& number) {
+  const long long value = PyLong_AsLongLong(number.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+// A writable buffer, held for the time of a call: neither freed nor moved meanwhile.
+class View {
+ public:
+  explicit View(const py::handle& buffer) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_WRITABLE) != 0) {
+      throw py::error_already_set();
+    }
+  }
+  View(View&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  View& operator=(View&&) = delete;
+  ~View() { PyBuffer_Release(&view_); }
+
+  [[nodiscard]] Destination destination() const {
+    return {static_cast<unsigned char*>(view_.buf), static_cast<std::size_t>(view_.len)};
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+class Views {
+ public:
+  // The tuple is a copy: another thread may change a list.
+  explicit Views(const py::tuple& buffers) {
+    views_.reserve(buffers.size());
+    destinations.reserve(buffers.size());
+    for (const py::handle& buffer : buffers) {
+      views_.emplace_back(buffer);
+      destinations.push_back(views_.back().destination());
+    }
+  }
+
+  std::vector<Destination> destinations;
+
+ private:
+  std::vector<View> views_;
+};
+
+// `entries` as parse_directory made it, of the directory `block`.
+class ArchiveView {
+ public:
+  ArchiveView(const py::handle& block, const py::handle& entries) : view_(entries) {
+    const Destination rows = view_.destination();
+    if (rows.nbytes % sizeof(Entry) != 0 || reinterpret_cast<std::uintptr_t>(rows.data) % alignof(Entry) != 0) {
+      throw std::invalid_argument("entries were not made by parse_directory");
+    }
+    archive = {span_of(block), reinterpret_cast<Entry*>(rows.data), rows.nbytes / sizeof(Entry)};
+  }
+
+  Archive archive;
+
+ private:
+  View view_;
+};
+
+// False for the empty stamp of a source without one.
+bool stamp_of(const py::handle& bytes, Stamp& stamp) {
+  const Span span = span_of(bytes);
+  if (span.size == 0) {
+    return false;
+  }
+  if (span.size != sizeof stamp) {
+    throw std::invalid_argument("a stamp is three int64");
+  }
+  std::memcpy(&stamp, span.data, sizeof stamp);
+  return true;
+}
+
+std::vector<Job> jobs_of(const py::handle& bytes) {
+  const Span span = span_of(bytes);
+  if (span.size % sizeof(Job) != 0) {
+    throw std::invalid_argument("a job is five int64");
+  }
+  std::vector<Job> jobs(span.size / sizeof(Job));
+  if (!jobs.empty()) {
+    std::memcpy(jobs.data(), span.data, span.size);
+  }
+  return jobs;
+}
+
+// ---- readers ----
+
+void poll_signals() {
+  const py::gil_scoped_acquire held;
+  if (PyErr_CheckSignals() != 0) {
+    throw py::error_already_set();
+  }
+}
+
+// A Python object with preadv(buffers, offset). Lives and works with the GIL held.
+class PyReader final : public Reader {
+ public:
+  explicit PyReader(const py::handle& handle) : preadv_(handle.attr("preadv")) {}
+
+  std::size_t preadv(const iovec* parts, int count, std::uint64_t offset) override {
+    Loan loan;
+    for (int i = 0; i < count; ++i) {
+      loan.add(parts[i]);
+    }
+    const std::int64_t got = integer_of(preadv_(loan.views, offset));
+    if (got < 0 || static_cast<std::uint64_t>(got) > loan.nbytes) {
+      throw std::runtime_error("preadv returned " + std::to_string(got) + " for buffers of " +
+                               std::to_string(loan.nbytes) + " bytes");
+    }
+    return static_cast<std::size_t>(got);
+  }
+
+ private:
+  // Memory lent to Python for one call: whoever keeps a view longer finds it released.
+  struct Loan {
+    Loan() = default;
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+    ~Loan() {
+      py::error_scope kept;  // an error may be on its way
+      for (const py::handle& view : views) {
+        if (PyObject* none = PyObject_CallMethod(view.ptr(), "release", nullptr)) {
+          Py_DECREF(none);
+        } else {
+          PyErr_WriteUnraisable(view.ptr());
+        }
+      }
+    }
+
+    void add(const iovec& part) {
+      if (part.iov_len == 0) {
+        return;
+      }
+      PyObject* view = PyMemoryView_FromMemory(static_cast<char*>(part.iov_base), static_cast<Py_ssize_t>(part.iov_len),
+                                               PyBUF_WRITE);
+      if (view == nullptr) {
+        throw py::error_already_set();
+      }
+      views.append(py::reinterpret_steal<py::object>(view));
+      nbytes += part.iov_len;
+    }
+
+    py::list views;
+    std::size_t nbytes = 0;
+  };
+
+  py::object preadv_;
+};
+
+int descriptor_of(const py::handle& handle) {
+#ifdef _WIN32
+  static_cast<void>(handle);
+  throw py::type_error("file descriptors cannot be read at a position here: pass an object with preadv");
+#else
+  const std::int64_t fd = integer_of(handle);
+  if (fd < 0 || fd > std::numeric_limits<int>::max()) {
+    throw std::system_error(EBADF, std::generic_category());
+  }
+  return static_cast<int>(fd);
+#endif
+}
+
+// Calls read(reader, poll) with the GIL released if the handle is a descriptor, and held if it is an object.
+template <typename Read>
+void with_reader(const py::handle& handle, const Stamp* stamp, Read read) {
+  if (PyLong_Check(handle.ptr()) == 0) {
+    PyReader reader(handle);
+    read(reader, Poll());
+    return;
+  }
+  const int fd = descriptor_of(handle);
+#ifdef _WIN32
+  static_cast<void>(fd), static_cast<void>(stamp), static_cast<void>(read);
+#else
+  PosixReader reader(fd, stamp);
+  const py::gil_scoped_release released;
+  read(reader, Poll(poll_signals));
+#endif
+}
+
+// ---- memory ----
+
+py::object new_bytearray(std::size_t nbytes) {
+  PyObject* made = PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes));
+  if (made == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(made);
+}
+
+// A new buffer and where its bytes are. A large one is a memoryview, so that no class of ours crosses the seam.
+struct NewBuffer {
+  explicit NewBuffer(std::int64_t nbytes) {
+    if (nbytes < 0) {
+      throw std::invalid_argument("a buffer of " + std::to_string(nbytes) + " bytes");
+    }
+    if (static_cast<std::uint64_t>(nbytes) > static_cast<std::uint64_t>(PY_SSIZE_T_MAX)) {
+      throw std::bad_alloc();
+    }
+    to.nbytes = static_cast<std::size_t>(nbytes);
+    if (to.nbytes < kLargeFrom) {
+      object = new_bytearray(to.nbytes);
+      to.data = reinterpret_cast<unsigned char*>(PyByteArray_AS_STRING(object.ptr()));
+      return;
+    }
+    auto memory = std::make_unique<Memory>(to.nbytes);
+    to.data = memory->data();
+    object = py::memoryview(py::cast(std::move(memory)));
+  }
+
+  py::object object;
+  Destination to;
+};
+
+py::object allocate(std::int64_t nbytes) { return NewBuffer(nbytes).object; }
+
+// ---- reads ----
+
+void read_extents_of(const py::object& handle, const py::iterable& offsets, const py::iterable& buffers, int threads) {
+  const py::tuple starts(offsets);
+  const Views views{py::tuple(buffers)};
+  if (starts.size() != views.destinations.size()) {
+    throw std::invalid_argument("as many offsets as buffers are wanted");
+  }
+  std::vector<Extent> extents;
+  extents.reserve(starts.size());
+  for (std::size_t i = 0; i < starts.size(); ++i) {
+    const std::int64_t offset = integer_of(starts[i]);
+    if (offset < 0) {
+      throw std::invalid_argument("an offset is negative");
+    }
+    extents.push_back({static_cast<std::uint64_t>(offset), views.destinations[i]});
+  }
+  with_reader(handle, nullptr, [&](Reader& reader, const Poll& poll) { read_extents(reader, extents, threads, poll); });
+}
+
+void read_records_of(const py::object& handle, const py::object& stamp, const py::object& block,
+                     const py::object& entries, const py::object& jobs, const py::iterable& buffers, int threads) {
+  Stamp opened;
+  const bool stamped = stamp_of(stamp, opened);
+  const ArchiveView view(block, entries);
+  const std::vector<Job> wanted = jobs_of(jobs);
+  const Views views{py::tuple(buffers)};
+  with_reader(handle, stamped ? &opened : nullptr, [&](Reader& reader, const Poll& poll) {
+    read_records(reader, view.archive, wanted, views.destinations, threads, poll);
+  });
+}
+
+// The hot path: read_record of small tensors in a loop. Not wrapped by pybind11, which would double its cost.
+py::object read_record_of(PyObject* const* arguments) {
+  const py::handle handle = arguments[0];
+  Stamp opened;
+  const Stamp* const stamp = stamp_of(arguments[1], opened) ? &opened : nullptr;
+  const ArchiveView view(arguments[2], arguments[3]);
+  const auto record = static_cast<std::size_t>(integer_of(arguments[4]));
+  const std::int64_t start = integer_of(arguments[5]);
+  const std::int64_t nbytes = integer_of(arguments[6]);
+  check_range(view.archive, record, start, nbytes);  // before memory is taken
+  NewBuffer buffer(nbytes);
+#ifndef _WIN32
+  if (nbytes <= kSmallTo && PyLong_Check(handle.ptr()) != 0 &&
+      read_record_cached(PosixReader(descriptor_of(handle), stamp), view.archive, record, start, buffer.to)) {
+    return std::move(buffer.object);
+  }
+#endif
+  with_reader(handle, stamp, [&](Reader& reader, const Poll& poll) {
+    read_record(reader, view.archive, record, start, buffer.to, poll);
+  });
+  return std::move(buffer.object);
+}
+
+PyObject* read_record_raw(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) noexcept {
+  try {
+    if (count != 7) {
+      throw py::type_error("read_record takes handle, stamp, block, entries, record, start, nbytes");
+    }
+    return read_record_of(arguments).release().ptr();
+  } catch (...) {
+    return translate_all();
+  }
+}
+
+// ---- the directory ----
+
+py::tuple find_directory_of(const py::bytes& tail, std::uint64_t tail_offset, std::uint64_t base) {
+  const Directory directory = [&] {
+    const Span span = span_of(tail);
+    const py::gil_scoped_release released;
+    return find_directory(span, tail_offset, base);
+  }();
+  return py::make_tuple(directory.offset, directory.nbytes, directory.count);
+}
+
+py::tuple parse_directory_of(const py::bytes& block, std::uint64_t count, std::uint64_t offset, std::uint64_t base) {
+  const Span span = span_of(block);
+  // A larger count is refused by the parser before it needs more rows.
+  const auto rows = static_cast<std::size_t>(std::min<std::uint64_t>(count, span.size / kCentralNbytes));
+  py::object entries = new_bytearray(rows * sizeof(Entry));
+  auto* const first = reinterpret_cast<Entry*>(PyByteArray_AS_STRING(entries.ptr()));
+  const std::size_t prefix_nbytes = [&] {
+    const py::gil_scoped_release released;
+    return parse_directory(span, count, offset, base, first);
+  }();
+  return py::make_tuple(std::move(entries), prefix_nbytes);
+}
+
+std::uint64_t parse_local_header_of(const py::bytes& head, const py::bytes& block, const py::object& entries,
+                                    std::size_t record) {
+  const ArchiveView view(block, entries);
+  check_range(view.archive, record, 0, 0);
+  return parse_local_header(span_of(head), view.archive.block, view.archive.entries[record]);
+}
+
+// ---- the module ----
+
+PyMethodDef raw_functions[] = {
+    {"read_record", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(read_record_raw)), METH_FASTCALL,
+     "read_record(handle, stamp, block, entries, record, start, nbytes, /) -> buffer"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+void bind_memory(py::module_& module) {
+  py::class_<Memory>(module, "_Memory", py::buffer_protocol(), py::module_local()).def_buffer([](const Memory& memory) {
+    return py::buffer_info(memory.data(), 1, "B", 1, {memory.nbytes()}, {std::size_t{1}});
+  });
+}
+
+}  // namespace
+}  // namespace zipslicer
+
+PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
+  namespace py = pybind11;
+  using namespace zipslicer;
+
+  const auto full_name = module.attr("__name__").cast<std::string>();
+  package = full_name.substr(0, full_name.rfind('.'));
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    if (thrown) {
+      translate(thrown);
+    }
+  });
+  module.doc() = "The backend in C++. zipslicer/backend.py says what each function does.";
+  module.attr("name") = "native";
+
+  bind_memory(module);
+  module.def("allocate", &allocate, py::arg("nbytes"), py::pos_only());
+  module.def("read_extents", &read_extents_of, py::arg("handle"), py::arg("offsets"), py::arg("buffers"),
+             py::arg("threads"), py::pos_only());
+  if (PyModule_AddFunctions(module.ptr(), raw_functions) != 0) {
+    throw py::error_already_set();
+  }
+  module.def("read_records", &read_records_of, py::arg("handle"), py::arg("stamp"), py::arg("block"),
+             py::arg("entries"), py::arg("jobs"), py::arg("buffers"), py::arg("threads"), py::pos_only());
+  module.def("find_directory", &find_directory_of, py::arg("tail"), py::arg("tail_offset"), py::arg("base"),
+             py::pos_only());
+  module.def("parse_directory", &parse_directory_of, py::arg("block"), py::arg("count"), py::arg("offset"),
+             py::arg("base"), py::pos_only());
+  module.def("parse_local_header", &parse_local_header_of, py::arg("head"), py::arg("block"), py::arg("entries"),
+             py::arg("record"), py::pos_only());
+  module.def("scan_pickle", &scan_pickle_to_python, py::arg("program"), py::arg("actions"), py::arg("limits"),
+             py::pos_only());
+}
