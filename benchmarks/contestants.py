@@ -1,0 +1,381 @@
+"""One sample of one contestant at one case, in this fresh process: a line of JSON out. `run.py` starts it.
+
+    python benchmarks/contestants.py CASE CONTESTANT [--seed N]
+
+What is equal for all, before the clock starts: torch and the contestant are imported and have read a tiny file; the
+file of the case has been read once, so that it lies in the page cache; as much memory as the file is long has been
+touched and given back, since a virtual machine otherwise pays for it inside the clock, and whoever comes first pays.
+What is equal after it has stopped: the tensors must lie in memory of their own, and their bytes are hashed.
+
+Every contestant does the case in the best way that its own interface offers. Memory is the growth of the peak resident
+set (VmHWM) from the start of the clock on; pages of a mapped file count, because they do in any memory limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import mmap
+import os
+import random
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from make_files import CACHE, EMBEDDING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Tensors = dict[str, torch.Tensor]
+
+SMALL_READS = 2000  # timed, of distinct random keys
+SMALL_READS_BEFORE = 50  # of other keys, not timed
+ROWS = slice(1000, 1500)
+SOME_LAYERS = ("model.layers.11.", "model.layers.29.")
+
+
+# ---------------------------------------------------------------- the contestants
+
+
+class Contestant:
+    """How one library does each piece of work."""
+
+    suffix = ".pth"
+    lazy = True  # False where opening reads everything: then no read of one tensor is left to measure
+
+    def open(self, path: str) -> Any:
+        raise NotImplementedError
+
+    def keys(self, path: str) -> list[str]:
+        return list(self.open(path).keys())
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        raise NotImplementedError
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        raise NotImplementedError
+
+    def whole(self, path: str) -> Tensors:
+        return self.some(path, ("",))
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Zipslicer(Contestant):
+    def __init__(self) -> None:
+        import zipslicer
+
+        self.library = zipslicer
+        if zipslicer.backend() != os.environ["ZIPSLICER_BACKEND"]:
+            raise RuntimeError(f"asked for {os.environ['ZIPSLICER_BACKEND']}, got {zipslicer.backend()}")
+
+    def open(self, path: str) -> Any:
+        return self.library.load(path)
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        state_dict = self.open(path)
+        return lambda key: state_dict[key]
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        state_dict = self.open(path)
+        return state_dict.get_tensors([key for key in state_dict if key.startswith(prefixes)])
+
+    def whole(self, path: str) -> Tensors:
+        return self.open(path).materialize()
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path).get_slice(key)[rows]
+
+
+class TorchLoad(Contestant):
+    lazy = False
+
+    def open(self, path: str) -> Any:
+        return torch.load(path, weights_only=True)
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        # A tensor keeps its own storage, so the rest of the file is freed again: the peak is what it costs.
+        return {key: tensor for key, tensor in self.open(path).items() if key.startswith(prefixes)}
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path)[key][rows].clone()
+
+
+class TorchLoadMmap(Contestant):
+    def open(self, path: str) -> Any:
+        return torch.load(path, weights_only=True, mmap=True)
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        state_dict = self.open(path)
+        return lambda key: state_dict[key].clone()
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        return {key: tensor.clone() for key, tensor in self.open(path).items() if key.startswith(prefixes)}
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path)[key][rows].clone()
+
+
+class SafetensorsMmap(Contestant):
+    suffix = ".safetensors"
+
+    def __init__(self) -> None:
+        import safetensors
+
+        self.library = safetensors
+
+    def open(self, path: str) -> Any:
+        return self.library.safe_open(path, "pt")
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        handle = self.open(path)
+        return lambda key: handle.get_tensor(key).clone()
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        handle = self.open(path)
+        return {key: handle.get_tensor(key).clone() for key in handle.offset_keys() if key.startswith(prefixes)}
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path).get_slice(key)[rows].clone()
+
+
+class SafetensorsPread(SafetensorsMmap):
+    def open(self, path: str) -> Any:
+        return self.library.safe_open(path, "pt", backend="pread")
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        handle = self.open(path)
+        return lambda key: handle.get_tensor(key)  # noqa: PLW0108 one call around the call, as for all others
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        handle = self.open(path)
+        return {key: handle.get_tensor(key) for key in handle.offset_keys() if key.startswith(prefixes)}
+
+    def whole(self, path: str) -> Tensors:
+        return self.open(path).get_tensors()
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path).get_slice(key)[rows]
+
+
+class FabricLazyLoad(Contestant):
+    def __init__(self) -> None:
+        from lightning_fabric.utilities import load
+
+        self.library = load
+
+    def open(self, path: str) -> Any:
+        return self.library._lazy_load(path)
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        state_dict = self.open(path)
+        return lambda key: state_dict[key]._load_tensor()
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        return {key: lazy._load_tensor() for key, lazy in self.open(path).items() if key.startswith(prefixes)}
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path)[key]._load_tensor()[rows].clone()
+
+
+class Zipslicer081(Contestant):
+    def __init__(self) -> None:
+        folder = os.environ.get("ZIPSLICER_081", str(Path(sys.prefix) / "zipslicer-0.8.1"))
+        sys.path.insert(0, folder)  # it shares its name with us
+        import zipslicer
+
+        if not str(zipslicer.__file__).startswith(folder):
+            raise RuntimeError(f"zipslicer 0.8.1 should be in {folder}, and {zipslicer.__file__} was imported")
+        self.library = zipslicer
+
+    def open(self, path: str) -> Any:
+        return self.library.load(path)
+
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        state_dict = self.open(path)
+        return lambda key: state_dict[key]
+
+    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+        state_dict = self.open(path)
+        return {key: state_dict[key] for key in state_dict.keys() if key.startswith(prefixes)}  # noqa: SIM118 iteration yields nothing there
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.open(path)[key][rows].clone()
+
+
+CONTESTANTS: dict[str, type[Contestant]] = {
+    "native": Zipslicer,
+    "pure": Zipslicer,
+    "torch.load": TorchLoad,
+    "torch.load(mmap)": TorchLoadMmap,
+    "safetensors mmap": SafetensorsMmap,
+    "safetensors pread": SafetensorsPread,
+    "fabric _lazy_load": FabricLazyLoad,
+    "zipslicer 0.8.1": Zipslicer081,
+}
+
+
+def environment(contestant: str) -> dict[str, str]:
+    """The environment of the process that measures it: native and pure differ by this alone."""
+    ours = {"ZIPSLICER_BACKEND": contestant} if contestant in {"native", "pure"} else {}
+    return {**os.environ, **ours}
+
+
+# ---------------------------------------------------------------- the cases
+
+Timed = tuple[float, Any]  # seconds, and what the work gave
+
+
+def timed(work: Callable[[], Any]) -> Timed:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def keys(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: contestant.keys(path))
+
+
+def one(contestant: Contestant, path: str, seed: int) -> Timed:
+    chosen = random.Random(seed).sample(sorted(contestant.keys(path)), SMALL_READS_BEFORE + SMALL_READS)
+    get = contestant.getter(path)
+    kept = [get(key) for key in chosen[:SMALL_READS_BEFORE]]
+    chosen = chosen[SMALL_READS_BEFORE:]
+    kept.clear()
+    start = time.perf_counter()
+    for key in chosen:
+        kept.append(get(key))  # noqa: PERF401 a loop, as users write it
+    return (time.perf_counter() - start) / SMALL_READS, dict(zip(chosen, kept, strict=True))
+
+
+def whole(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: contestant.whole(path))
+
+
+def some(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: contestant.some(path, SOME_LAYERS))
+
+
+def rows(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: {EMBEDDING: contestant.rows(path, EMBEDDING, ROWS)})
+
+
+CASES: dict[str, tuple[str, Callable[[Contestant, str, int], Timed]]] = {  # name -> file, work
+    "keys": ("many", keys),
+    "one": ("many", one),
+    "whole": ("model", whole),
+    "some": ("model", some),
+    "rows": ("model", rows),
+}
+
+
+# ---------------------------------------------------------------- before and after the clock
+
+
+def rehearse(contestant: Contestant) -> None:
+    """Do every kind of work on a tiny file: what a library imports or sets up once belongs to no sample."""
+    path = str(CACHE / f"tiny{contestant.suffix}")
+    contestant.keys(path)
+    if contestant.lazy:
+        contestant.getter(path)("a")
+    contestant.whole(path)
+    contestant.some(path, ("b",))
+    contestant.rows(path, "a", slice(1, 2))
+
+
+def read_once(path: str) -> int:
+    """Bring the file into the page cache. Returns its length."""
+    nbytes = 0
+    with mmap.mmap(-1, 16 << 20) as buffer, Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            nbytes += count
+    return nbytes
+
+
+def touch_memory(nbytes: int) -> None:
+    """Take so much memory, write to every page, and give it back to this system's kernel."""
+    with mmap.mmap(-1, nbytes) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        view = (ctypes.c_char * nbytes).from_buffer(memory)
+        ctypes.memset(view, 1, nbytes)
+        del view
+
+
+def status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    """Set VmHWM, the peak of the resident set, back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that show one of our files."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(CACHE) in line:
+            start, _, end = line.split()[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """CRC-32 over names, dtypes, shapes and bytes; of a large tensor one byte in 997."""
+    crc = 0
+    for name, tensor in sorted(tensors):
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        sample = flat[:: 997 if len(flat) > 1 << 22 else 1].numpy().tobytes()
+        crc = zlib.crc32(sample, zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc))
+    return crc
+
+
+def measure(case: str, contestant_name: str, seed: int) -> dict[str, Any]:
+    file, work = CASES[case]
+    contestant = CONTESTANTS[contestant_name]()
+    path = str(CACHE / f"{file}{contestant.suffix}")
+    rehearse(contestant)
+    nbytes = read_once(path)
+    gc.collect()
+    touch_memory(nbytes + (64 << 20))
+    resident = status_bytes("VmRSS")
+    forget_peak()
+
+    seconds, result = work(contestant, path, seed)
+
+    growth = status_bytes("VmHWM") - resident
+    if isinstance(result, list):
+        return {"seconds": seconds, "digest": zlib.crc32("\n".join(sorted(result)).encode())}
+    shown = mapped_files()
+    for name, tensor in result.items():
+        address = tensor.data_ptr()
+        if any(start <= address < end for start, end in shown):
+            raise RuntimeError(f"{contestant_name} gave {name} as a view of the file, not as memory of its own")
+    kept = sum(tensor.nbytes for tensor in result.values())
+    return {"seconds": seconds, "kept": kept, "growth": growth, "digest": digest(result.items())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("contestant", choices=CONTESTANTS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.case, options.contestant, options.seed)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
