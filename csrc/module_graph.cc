@@ -1,0 +1,155 @@
+// Graph: the columns of machine.h in, builtins of Python out. A string is decoded once, however often it is met.
+#include "module_graph.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "machine.h"
+
+namespace zipslicer {
+namespace {
+
+namespace py = pybind11;
+
+// Takes a new reference from the C API; null means that a Python error is set.
+py::object owned(PyObject* made) {
+  if (made == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(made);
+}
+
+template <typename T>
+py::object column(const std::vector<T>& rows) {
+  return owned(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(rows.data()),
+                                         static_cast<Py_ssize_t>(rows.size() * sizeof(T))));
+}
+
+// A list of n, whose items make(i) returns as new references.
+template <typename Make>
+py::object list_of(std::size_t n, Make make) {
+  py::object list = owned(PyList_New(static_cast<Py_ssize_t>(n)));
+  for (std::size_t i = 0; i < n; ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), make(i).release().ptr());
+  }
+  return list;
+}
+
+// The texts of a graph as Python strings, each made at its first use.
+class Strings {
+ public:
+  explicit Strings(const std::vector<Text>& texts) : texts_(texts), made_(texts.size()) {}
+
+  py::object operator[](std::size_t index) {
+    py::object& made = made_[index];
+    if (!made) {
+      made = decode(texts_[index]);
+    }
+    return made;
+  }
+
+  py::object list(const std::vector<std::size_t>& indices) {
+    return list_of(indices.size(), [&](std::size_t i) { return (*this)[indices[i]]; });
+  }
+
+ private:
+  static py::object decode(const Text& text) {
+    const auto nbytes = static_cast<Py_ssize_t>(text.utf8.size);
+    const char* const utf8 = text.utf8.text().data();
+    if (!text.ascii || nbytes <= 1) {  // Python keeps one of each string of a single character
+      return owned(PyUnicode_DecodeUTF8(utf8, nbytes, "surrogatepass"));
+    }
+    py::object made = owned(PyUnicode_New(nbytes, 127));
+    std::memcpy(PyUnicode_1BYTE_DATA(made.ptr()), utf8, text.utf8.size);
+    return made;
+  }
+
+  const std::vector<Text>& texts_;
+  std::vector<py::object> made_;
+};
+
+py::object bytes_of(Span span) {
+  return owned(PyBytes_FromStringAndSize(span.text().data(), static_cast<Py_ssize_t>(span.size)));
+}
+
+py::object integer_of(const Long& number) {
+  if (number.decimal) {
+    return owned(PyLong_FromString(std::string(number.digits.text()).c_str(), nullptr, 10));
+  }
+  const auto int_type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(&PyLong_Type));
+  return int_type.attr("from_bytes")(bytes_of(number.digits), "little", py::arg("signed") = true);
+}
+
+py::tuple graph_to_python(const Graph& graph) {
+  Strings strings(graph.texts);
+  return py::make_tuple(
+      column(graph.kinds), column(graph.payloads), column(graph.nodes), strings.list(graph.strings),
+      list_of(graph.blobs.size(), [&](std::size_t i) { return bytes_of(graph.blobs[i]); }),
+      list_of(graph.longs.size(), [&](std::size_t i) { return integer_of(graph.longs[i]); }),
+      list_of(graph.globals.size() / 2,
+              [&](std::size_t i) -> py::object {
+                return py::make_tuple(strings[graph.globals[2 * i]], strings[graph.globals[2 * i + 1]]);
+              }),
+      column(graph.storages), strings.list(graph.storage_keys), strings.list(graph.locations), column(graph.tensors),
+      column(graph.dims));
+}
+
+// The UTF-8 of a Python string, which `keep` holds if the string does not.
+std::string_view letters(PyObject* text, std::string* keep) {
+  Py_ssize_t nbytes = 0;
+  const char* const utf8 = PyUnicode_AsUTF8AndSize(text, &nbytes);
+  if (utf8 != nullptr) {
+    return {utf8, static_cast<std::size_t>(nbytes)};
+  }
+  if (PyErr_ExceptionMatches(PyExc_UnicodeEncodeError) == 0) {
+    throw py::error_already_set();
+  }
+  PyErr_Clear();  // a lone surrogate
+  const py::object bytes = owned(PyUnicode_AsEncodedString(text, "utf-8", "surrogatepass"));
+  keep->assign(PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr())));
+  return *keep;
+}
+
+// Copies the table: with the GIL released, other threads may change it.
+Actions actions_of(const py::dict& table) {
+  Actions actions(table.size());
+  std::string keep[2];
+  for (const auto& [key, value] : table) {
+    if (PyTuple_CheckExact(key.ptr()) == 0 || PyTuple_GET_SIZE(key.ptr()) != 2) {
+      throw py::type_error("the keys of actions must be pairs of strings");
+    }
+    const unsigned long action = PyLong_AsUnsignedLong(value.ptr());
+    if (PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+    actions.add(letters(PyTuple_GET_ITEM(key.ptr(), 0), &keep[0]), letters(PyTuple_GET_ITEM(key.ptr(), 1), &keep[1]),
+                static_cast<std::uint32_t>(action));
+  }
+  return actions;
+}
+
+Limits limits_of(const py::sequence& limits) {
+  if (limits.size() != 6) {
+    throw py::value_error("limits must be the six of backend.Limits");
+  }
+  const auto limit = [&](std::size_t i) { return limits[i].cast<std::int64_t>(); };
+  return {limit(0), limit(1), limit(2), limit(3), limit(4), limit(5) != 0};
+}
+
+}  // namespace
+
+py::tuple scan_pickle_to_python(const py::object& program, const py::object& actions, const py::sequence& limits) {
+  // Whatever is not bytes may change under us while the GIL is released: it is copied first.
+  const py::object fixed = PyBytes_CheckExact(program.ptr()) != 0 ? program : owned(PyBytes_FromObject(program.ptr()));
+  const Span bytes(PyBytes_AS_STRING(fixed.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(fixed.ptr())));
+  const Actions known = actions_of(py::dict(actions));
+  const Limits checked = limits_of(limits);
+  const Graph graph = [&] {
+    const py::gil_scoped_release released;
+    return scan_pickle(bytes, known, checked);
+  }();
+  return graph_to_python(graph);
+}
+
+}  // namespace zipslicer
