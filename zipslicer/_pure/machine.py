@@ -174,7 +174,9 @@ class Machine:
         """('storage', class, key, location, numel), and nothing else."""
         if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
             kind = pid[0] if type(pid) is tuple and pid and type(pid[0]) is str else type(pid).__name__
-            raise ProgramError(f"a persistent id must be ('storage', class, key, location, numel), not {kind!r}", offset=at)
+            raise ProgramError(
+                f"a persistent id must be ('storage', class, key, location, numel), not {kind!r}", offset=at
+            )
         _, cls, key, location, numel = pid
         if type(cls) is not Global or cls.verb != V_STORAGE:
             raise ProgramError("a persistent id names a class that is no storage class", offset=at)
@@ -190,7 +192,9 @@ class Machine:
         if found is None:
             found = self.storages[key] = Storage(key, location, action, nbytes, at)
         elif found.nbytes != nbytes:
-            raise ProgramError(f"storage {key!r} has {found.nbytes} bytes in one persistent id, {nbytes} in another", offset=at)
+            raise ProgramError(
+                f"storage {key!r} has {found.nbytes} bytes in one persistent id, {nbytes} in another", offset=at
+            )
         elif found.dtype != action >> 8 & 0xFF and not (found.itemsize == 1 and self.byte_like(found.dtype, action)):
             raise ProgramError(f"storage {key!r} has two element types", offset=at)
         return found
@@ -279,7 +283,12 @@ class Machine:
 
     def integers(self, value: Any, at: int) -> list[int]:
         """A size or stride: a tuple, a list, or torch.Size(tuple)."""
-        if type(value) is Call and type(value.callable) is Global and value.callable.verb == V_SIZE and len(value.args) == 1:
+        if (
+            type(value) is Call
+            and type(value.callable) is Global
+            and value.callable.verb == V_SIZE
+            and len(value.args) == 1
+        ):
             value = value.args[0]
         if type(value) is not tuple and type(value) is not list:
             raise ProgramError("a tensor's size and stride must be tuples", offset=at)
@@ -665,7 +674,9 @@ def _run(program: bytes, machine: Machine) -> tuple[Any, int]:
             else:
                 raise ProgramError(f"byte 0x{op:02x} is no pickle opcode", offset=at)
     except IndexError:
-        raise ProgramError("the pickle ends without STOP" if at == end else "stack underflow or truncated opcode", offset=at) from None
+        raise ProgramError(
+            "the pickle ends without STOP" if at == end else "stack underflow or truncated opcode", offset=at
+        ) from None
     except KeyError:
         raise ProgramError("a memo slot is read that was never written", offset=at) from None
     except struct.error:
