@@ -782,6 +782,7 @@ def aliases(folder: Path) -> Outcome:
         expanded=torch.ones(1).expand(1000),
         slice=count(1000)[10:13],
         step=count(20)[::3],
+        odd_stride=count(12).as_strided((3, 1, 4), (4, 0, 1)),  # of one item, so that any stride is as good
         parameter=torch.nn.Parameter(w[0]),
     )
     return Loads(saved(tree), tree)
