@@ -43,8 +43,8 @@ struct EndRecord {
 };
 
 // The ZIP64 end record and locator right before `at`, position of an end record that says `end` -> the same, in full.
-void widen(Span tail, std::size_t at, std::uint64_t tail_offset, std::uint64_t base, Directory& end,
-           std::uint64_t& here) {
+// Returns where in the archive the locator sends us.
+std::uint64_t widen(Span tail, std::size_t at, std::uint64_t tail_offset, Directory& end, std::uint64_t& here) {
   const std::uint64_t locator_offset = tail_offset + at - kLocatorNbytes;
   if (at < kLocatorNbytes + kEnd64Nbytes) {
     refuse(locator_offset, "a ZIP64 locator without its end record");
@@ -60,9 +60,8 @@ void widen(Span tail, std::size_t at, std::uint64_t tail_offset, std::uint64_t b
   const std::uint32_t locator_disk = in.u32();
   const std::uint64_t leads_to = in.u64();
   const std::uint32_t disks = in.u32();
-  if (signature != kEnd64Signature || size != kEnd64Nbytes - 12 || start < base || leads_to != start - base) {
-    // The locator must lead to the record that stands before it, and nowhere else: CVE-2025-8291.
-    refuse(locator_offset, "the ZIP64 locator does not lead to the ZIP64 end record before it");
+  if (signature != kEnd64Signature || size != kEnd64Nbytes - 12) {
+    refuse(locator_offset, "a ZIP64 locator without its end record");
   }
   if (locator_disk != 0 || disk != 0 || directory_disk != 0 || disks > 1) {
     refuse(start, "the archive is one part of several");
@@ -76,6 +75,7 @@ void widen(Span tail, std::size_t at, std::uint64_t tail_offset, std::uint64_t b
   }
   here = here64;
   end = {offset64, nbytes64, count64};
+  return leads_to;
 }
 
 bool locator_before(Span tail, std::size_t at) {
@@ -93,9 +93,9 @@ EndRecord parse_end(Span tail, std::size_t at, std::uint64_t tail_offset, std::u
   end.count = in.u16();
   end.nbytes = in.u32();
   end.offset = in.u32();
-  std::uint64_t start = where;
+  std::uint64_t start = where, leads_to = 0;
   if (locator_before(tail, at)) {
-    widen(tail, at, tail_offset, base, end, here);
+    leads_to = widen(tail, at, tail_offset, end, here);
     start -= kLocatorNbytes + kEnd64Nbytes;
     disk = disk == kMax16 ? 0 : disk;
     directory_disk = directory_disk == kMax16 ? 0 : directory_disk;
@@ -110,6 +110,11 @@ EndRecord parse_end(Span tail, std::size_t at, std::uint64_t tail_offset, std::u
     refuse(where, "the central directory does not lie before its end record");
   }
   const std::uint64_t gap = room - end.offset - end.nbytes;
+  if (gap == 0 && start != where && leads_to != room) {
+    // The locator must lead to the record that stands before it, and nowhere else: CVE-2025-8291. (With a gap it
+    // cannot, and the gap is what there is to say.)
+    refuse(where - kLocatorNbytes, "the ZIP64 locator does not lead to the ZIP64 end record before it");
+  }
   end.offset += base;
   return {end, gap};
 }

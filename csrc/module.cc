@@ -134,8 +134,12 @@ std::int64_t integer_of(const py::handle& number) {
 class View {
  public:
   explicit View(const py::handle& buffer) {
-    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_WRITABLE) != 0) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE) != 0) {
       throw py::error_already_set();
+    }
+    if (view_.readonly != 0 && view_.len != 0) {  // b"" may stand for "none"
+      PyBuffer_Release(&view_);
+      throw py::buffer_error("the buffer is read-only");
     }
   }
   View(View&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
