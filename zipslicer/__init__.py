@@ -1,8 +1,8 @@
 """zipslicer: open any PyTorch checkpoint without loading it, and read only the tensors that are asked for.
 
-    sd = zipslicer.load("model.pth")        # reads the directory and data.pkl, no tensor
-    sd["layer3.0.weight"]                   # a torch.Tensor that owns its memory
-    sd.get_slice("lm_head.weight")[:100]    # these rows, and nothing else
+sd = zipslicer.load("model.pth")        # reads the directory and data.pkl, no tensor
+sd["layer3.0.weight"]                   # a torch.Tensor that owns its memory
+sd.get_slice("lm_head.weight")[:100]    # these rows, and nothing else
 """
 
 from ._version import __version__

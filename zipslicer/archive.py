@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from .backend import ENTRY_FIELDS, Backend, Buffer, Entry
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
@@ -35,7 +34,9 @@ class Archive:
         UnsupportedError: the file is something else that torch writes, or is compressed in a way torch does not.
     """
 
-    def __init__(self, source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None
+    ) -> None:
         self.source = source
         self.backend = backend
         self.limits = limits
@@ -59,7 +60,8 @@ class Archive:
             raise ArchiveError("bytes that belong to no record stand before the archive", offset=self.base)
         if nbytes > self.limits.directory_nbytes:
             raise ArchiveError(
-                f"the central directory has {nbytes} bytes; Limits(directory_nbytes=...) raises the limit", offset=offset
+                f"the central directory has {nbytes} bytes; Limits(directory_nbytes=...) raises the limit",
+                offset=offset,
             )
         if offset >= tail_offset:
             self.block = tail[offset - tail_offset : offset - tail_offset + nbytes]
@@ -137,7 +139,9 @@ class Archive:
     def _read(self, record: int, start: int, nbytes: int) -> Buffer:
         source = self.source
         try:
-            return self.backend.read_record(source.handle, source.stamp, self.block, self.entries, record, start, nbytes)
+            return self.backend.read_record(
+                source.handle, source.stamp, self.block, self.entries, record, start, nbytes
+            )
         except ZipSlicerError as error:
             raise error.located(path=source.path, record=self.name(record)) from None
 
@@ -158,7 +162,9 @@ class Archive:
             )
         return made
 
-    def read_into(self, jobs: Sequence[tuple[int, int, int, int, int]], buffers: Sequence[Buffer], threads: int) -> None:
+    def read_into(
+        self, jobs: Sequence[tuple[int, int, int, int, int]], buffers: Sequence[Buffer], threads: int
+    ) -> None:
         """Many parts of stored records at once; `jobs` are rows of backend.Job."""
         source = self.source
         flat = array("q")
@@ -211,4 +217,6 @@ def _refuse_other_formats(head: bytes, tail: bytes, base: int) -> None:
     if not head:
         raise ArchiveError("the file is empty", offset=base)
     if b"PK\x05\x06" not in tail:
-        raise ArchiveError(f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with {LOCAL_SIGNATURE!r}", offset=base)
+        raise ArchiveError(
+            f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with {LOCAL_SIGNATURE!r}", offset=base
+        )

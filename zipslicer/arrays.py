@@ -36,7 +36,7 @@ def array_value(meaning: int, args: Sequence[Any], state: Any) -> Any:
 
 
 def _dtype(np: Any, args: Sequence[Any], state: Any) -> Any:
-    """numpy.dtype(code, False, True), then the state (version, order, subdtype, names, fields, itemsize, alignment, flags[, unit])."""
+    """numpy.dtype(code, ...), then the state (version, order, subdtype, names, fields, itemsize, alignment, flags[, unit])."""
     if not args or type(args[0]) is not str or not PLAIN_CODE.fullmatch(args[0]):
         return NOT_PLAIN
     code = args[0]
@@ -51,9 +51,29 @@ def _dtype(np: Any, args: Sequence[Any], state: Any) -> Any:
         return _structure(np, code, names, fields)
     if code in ("M8", "m8"):
         unit = state[8][1] if len(state) > 8 and type(state[8]) is tuple and len(state[8]) == 2 else None
-        if type(unit) is not tuple or len(unit) != 4 or type(unit[0]) is not bytes or any(type(n) is not int for n in unit[1:]):
+        if (
+            type(unit) is not tuple
+            or len(unit) != 4
+            or type(unit[0]) is not bytes
+            or any(type(n) is not int for n in unit[1:])
+        ):
             return NOT_PLAIN
-        if unit[0].decode("latin-1") not in ("Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns", "ps", "fs", "as", "generic"):
+        if unit[0].decode("latin-1") not in (
+            "Y",
+            "M",
+            "W",
+            "D",
+            "h",
+            "m",
+            "s",
+            "ms",
+            "us",
+            "ns",
+            "ps",
+            "fs",
+            "as",
+            "generic",
+        ):
             return NOT_PLAIN
         if unit[0] != b"generic":
             if unit[2:3] != (1,) or not 0 < unit[1] < 1 << 31:
@@ -69,7 +89,12 @@ def _structure(np: Any, code: str, names: Any, fields: Any) -> Any:
     formats, offsets, itemsize = [], [], int(code[1:])
     for name in names:
         field = fields.get(name) if type(name) is str else None
-        if type(field) is not tuple or len(field) < 2 or not isinstance(field[0], np.dtype) or type(field[1]) is not int:
+        if (
+            type(field) is not tuple
+            or len(field) < 2
+            or not isinstance(field[0], np.dtype)
+            or type(field[1]) is not int
+        ):
             return NOT_PLAIN
         if field[0].names is not None or field[0].hasobject or not 0 <= field[1] <= itemsize - field[0].itemsize:
             return NOT_PLAIN
@@ -101,7 +126,12 @@ def _array(np: Any, args: Sequence[Any], state: Any) -> Any:
 
 def _from_buffer(np: Any, args: Sequence[Any]) -> Any:
     """_frombuffer(buffer, dtype, shape, order), as protocol 5 has it."""
-    if len(args) != 4 or type(args[0]) not in (bytes, bytearray) or not isinstance(args[1], np.dtype) or args[3] not in ("C", "F"):
+    if (
+        len(args) != 4
+        or type(args[0]) not in (bytes, bytearray)
+        or not isinstance(args[1], np.dtype)
+        or args[3] not in ("C", "F")
+    ):
         return NOT_PLAIN
     return _of_bytes(np, args[1], bytes(args[0]), args[2], args[3])
 
@@ -114,7 +144,12 @@ def _is_ndarray(value: Any) -> bool:
 
 
 def _of_bytes(np: Any, dtype: Any, content: bytes, shape: Any, order: str = "C") -> Any:
-    if dtype.hasobject or type(shape) is not tuple or any(type(n) is not int or n < 0 for n in shape) or len(shape) > 32:
+    if (
+        dtype.hasobject
+        or type(shape) is not tuple
+        or any(type(n) is not int or n < 0 for n in shape)
+        or len(shape) > 32
+    ):
         return NOT_PLAIN
     count = 1
     for n in shape:

@@ -193,7 +193,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """ "native" or "pure"."""
+        """What ZIPSLICER_BACKEND calls it: native or pure."""
         ...
 
     def allocate(self, nbytes: int, /) -> Buffer:
@@ -285,4 +285,4 @@ def choose(wanted: str | None = None) -> Backend:
             "Reinstall with ZIPSLICER_REQUIRE_NATIVE=1 to see why, or set ZIPSLICER_BACKEND=pure."
         )
     name = "._native" if built and wanted != "pure" else "._pure"
-    return cast(Backend, importlib.import_module(name, __package__))
+    return cast("Backend", importlib.import_module(name, __package__))

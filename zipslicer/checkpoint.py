@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zlib
 from array import array
@@ -20,19 +21,15 @@ from .tensors import ReadOptions
 
 __all__ = ["Checkpoint", "backend", "load", "open"]
 
-_BACKEND: Backend | None = None
 
-
+@functools.cache
 def _backend() -> Backend:
     """Chosen once, whole, when the first file is opened."""
-    global _BACKEND
-    if _BACKEND is None:
-        _BACKEND = choose()
-    return _BACKEND
+    return choose()
 
 
 def backend() -> str:
-    """ "native" or "pure": what reads the files. ZIPSLICER_BACKEND chooses it before the first use."""
+    """What reads the files, "native" or "pure". ZIPSLICER_BACKEND chooses it before the first use."""
     return _backend().name
 
 
@@ -149,6 +146,7 @@ def load(
     whose tensors are in ``zipslicer.open(source).tensors``. Arguments and errors are those of `open`; `debug` is taken
     for the sake of callers of zipslicer 0.8.1, and `weights_only=False` changes nothing: no code of a file is ever run.
     """
+    del debug
     if not weights_only:
         warnings.warn("weights_only=False changes nothing: zipslicer never runs code from a file", stacklevel=2)
     return open(
@@ -165,7 +163,12 @@ def load(
 
 
 def _view(
-    source: ByteSource, options: ReadOptions, unknown: str, allow: dict[str, Any], limits: Limits, window: tuple[int, int] | None
+    source: ByteSource,
+    options: ReadOptions,
+    unknown: str,
+    allow: dict[str, Any],
+    limits: Limits,
+    window: tuple[int, int] | None,
 ) -> View:
     """The steps: source -> archive -> program -> table."""
     archive = Archive(source, _backend(), limits, window)
@@ -179,7 +182,13 @@ def _view(
 
 
 def _reopen(
-    path: str, options: ReadOptions, unknown: str, allow: dict[str, Any], limits: Limits, window: tuple[int, int] | None, crc: int
+    path: str,
+    options: ReadOptions,
+    unknown: str,
+    allow: dict[str, Any],
+    limits: Limits,
+    window: tuple[int, int] | None,
+    crc: int,
 ) -> View:
     """Unpickle: the same file at the same path, known by its directory."""
     source = open_source(path)
@@ -203,4 +212,3 @@ def _is_swapped(archive: Archive) -> bool:
         )
     host = b"little" if array("H", [1]).tobytes()[0] else b"big"
     return order != host
-

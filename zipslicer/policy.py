@@ -15,7 +15,18 @@ from typing import Any, Final, NamedTuple
 from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Verb
 from .backend import Limits as MachineLimits
 
-__all__ = ["DTYPES", "NOT_PLAIN", "Limits", "Meaning", "Placeholder", "actions", "construct", "describe", "machine_limits", "meaning_of"]
+__all__ = [
+    "DTYPES",
+    "NOT_PLAIN",
+    "Limits",
+    "Meaning",
+    "Placeholder",
+    "actions",
+    "construct",
+    "describe",
+    "machine_limits",
+    "meaning_of",
+]
 
 
 class Dtype(NamedTuple):
@@ -67,7 +78,14 @@ DTYPES: Final[tuple[Dtype, ...]] = (
     Dtype("bits4x2", 1, 1, None, None, 0),
 )
 
-_ALIASES = {"half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32", "long": "int64"}
+_ALIASES = {
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+    "short": "int16",
+    "int": "int32",
+    "long": "int64",
+}
 
 
 class Meaning:
@@ -287,7 +305,9 @@ class Placeholder:
         return f"<placeholder {_quoted(about.qualified)}({', '.join(shown)})>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"a placeholder is not pickled: it stands for {_quoted(self._zipslicer.qualified)}, which was not built")
+        raise TypeError(
+            f"a placeholder is not pickled: it stands for {_quoted(self._zipslicer.qualified)}, which was not built"
+        )
 
     def __copy__(self) -> Placeholder:
         return self
@@ -369,7 +389,7 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
 _ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
 
 
-def construct(meaning: int, name: str, args: Sequence[Any]) -> Any:
+def construct(meaning: int, args: Sequence[Any]) -> Any:
     """A plain Python value from a call in the file, or NOT_PLAIN.
 
     Only what Python's own pickler writes is taken: no size is ever an argument (bytearray(1 << 40)), and no codec but
@@ -404,7 +424,11 @@ def construct(meaning: int, name: str, args: Sequence[Any]) -> Any:
     if meaning == Meaning.COUNTER:
         if not count:
             return collections.Counter()
-        return collections.Counter(args[0]) if count == 1 and isinstance(args[0], dict) and all(type(v) is int for v in args[0].values()) else NOT_PLAIN
+        return (
+            collections.Counter(args[0])
+            if count == 1 and isinstance(args[0], dict) and all(type(v) is int for v in args[0].values())
+            else NOT_PLAIN
+        )
     if meaning == Meaning.DEFAULTDICT:
         if not count:
             return collections.defaultdict()
@@ -424,5 +448,8 @@ def construct(meaning: int, name: str, args: Sequence[Any]) -> Any:
 
 def _hashed(made: Callable[[Any], Any], values: Any) -> Any:
     """A set of plain scalars; anything else could be made to collide, or cannot be hashed."""
-    small = all(v is None or type(v) in (bool, float, str, bytes, Placeholder) or (type(v) is int and abs(v) < 1 << 63) for v in values)
+    small = all(
+        v is None or type(v) in (bool, float, str, bytes, Placeholder) or (type(v) is int and abs(v) < 1 << 63)
+        for v in values
+    )
     return made(values) if small else NOT_PLAIN

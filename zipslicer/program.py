@@ -104,7 +104,9 @@ class Program:
     def is_mapping(self, node: int) -> bool:
         """Whether a node is a dict of some class that we know."""
         kind = self.kind(node)
-        return kind in (Kind.DICT, Kind.ORDERED_DICT) or (kind == Kind.CALL and self.meaning(node) == Meaning.DEFAULTDICT)
+        return kind in (Kind.DICT, Kind.ORDERED_DICT) or (
+            kind == Kind.CALL and self.meaning(node) == Meaning.DEFAULTDICT
+        )
 
     def with_tensors(self) -> bytearray:
         """For each node 1 if a tensor or storage is below it. Found once, from the tensors up."""
@@ -196,7 +198,7 @@ class Program:
         raise AssertionError("a callable made of itself")
 
 
-def _no_leaf(kind: int, payload: int) -> Any:
+def _no_leaf(_kind: int, _payload: int) -> Any:
     raise ProgramError("a tensor is a dict key")
 
 
@@ -231,9 +233,9 @@ class Builder:
                 self.begin(node)
                 todo.append(~node)
                 start, end = program.span(node)
-                for position in range(start, end):
-                    if kinds[position] >= FIRST_NODE_KIND and payloads[position] not in seen:
-                        todo.append(payloads[position])
+                todo += [
+                    payloads[p] for p in range(start, end) if kinds[p] >= FIRST_NODE_KIND and payloads[p] not in seen
+                ]
         waiting, self.waiting = self.waiting, []
         for node in waiting:
             self.fill(node)
@@ -302,7 +304,7 @@ class Builder:
         meaning = program.meaning(node)
         name = program.called_name(node)[1]
         if meaning <= Meaning.LAST_PLAIN:
-            made = construct(meaning, name, args)
+            made = construct(meaning, args)
         else:
             state = self.value(start + STATE) if program.kinds[start + STATE] != Kind.ABSENT else None
             made = self.special(meaning, name, args, state)
@@ -396,7 +398,12 @@ def _give_state(made: Any, state: Any) -> None:
 
 
 def run_program(
-    archive: Archive, limits: Limits, *, record: str = "data.pkl", unknown: str = "placeholder", allow: Mapping[str, Any]
+    archive: Archive,
+    limits: Limits,
+    *,
+    record: str = "data.pkl",
+    unknown: str = "placeholder",
+    allow: Mapping[str, Any],
 ) -> Program:
     """Read a record that holds a pickle and scan it.
 
@@ -408,7 +415,7 @@ def run_program(
     text = archive.read(found, limits.program_nbytes)
     known = actions()
     if allow and unknown == "error":
-        known = {**{tuple(name.rpartition(".")[::2]): 0 for name in allow}, **known}  # type: ignore[dict-item]
+        known = {**{(module, last): 0 for module, _, last in (name.rpartition(".") for name in allow)}, **known}
     try:
         columns = archive.backend.scan_pickle(text, known, machine_limits(limits, unknown == "error"))
     except ZipSlicerError as error:
@@ -423,4 +430,3 @@ def _no_program(archive: Archive, record: str) -> ZipSlicerError:
     if ".data/extern_modules" in has:
         return UnsupportedError("this is an archive of torch.package", path=archive.source.path)
     return ArchiveError(f"the archive has no record {record!r}: torch.save did not finish it", path=archive.source.path)
-

@@ -48,7 +48,10 @@ class LocalFile:
         self.path: str | None = os.fspath(path)
         if not isinstance(self.path, str):
             raise TypeError("a path must be a str or an os.PathLike of str")
-        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._fd = os.open(
+            self.path,
+            os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0),
+        )
         try:
             facts = os.fstat(self._fd)
             if stat.S_ISDIR(facts.st_mode):
@@ -96,7 +99,7 @@ class Memory:
     """Bytes that are already in memory."""
 
     stamp = b""
-    path = None
+    path: str | None = None
 
     def __init__(self, content: Any) -> None:
         self._view = memoryview(content).cast("B")
@@ -122,7 +125,7 @@ class FileObject:
     """A seekable binary file object, read under a lock. It stays open, and the caller's."""
 
     stamp = b""
-    path = None
+    path: str | None = None
 
     def __init__(self, file: Any) -> None:
         self._file = file

@@ -13,7 +13,7 @@ import fnmatch
 import html
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Union, overload
+from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
@@ -36,7 +36,9 @@ Patterns = Union[str, Iterable[str]]
 class View:
     """One open file, as its containers see it: touches values, and holds the containers it has made."""
 
-    def __init__(self, table: TensorTable, options: ReadOptions, recipe: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> None:
+    def __init__(
+        self, table: TensorTable, options: ReadOptions, recipe: tuple[Callable[..., Any], tuple[Any, ...]] | None
+    ) -> None:
         self.table = table
         self.program = table.program
         self.options = options
@@ -123,7 +125,7 @@ class View:
         return self.recipe
 
 
-def _no_tensor(kind: int, payload: int) -> Any:
+def _no_tensor(_kind: int, _payload: int) -> Any:
     raise AssertionError("a part without tensors has one")
 
 
@@ -148,7 +150,7 @@ class FileDescription(Description):
         return self._view.touch(self._start + KWARGS) or {}
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self._view.touch(self._start + STATE)
 
     @property
@@ -200,7 +202,7 @@ class Touched(Mapping[Any, Any]):
         return f"{{{', '.join(f'{k!r}: {self._view.peek(p)!r}' for k, p in self._positions.items())}}}"
 
 
-class MissingKey(KeyError):
+class MissingKeyError(KeyError):
     """A key that is not there. Looks for near ones only when it is printed: code that asks and catches pays nothing."""
 
     def __init__(self, key: Any, keys: Iterable[Any]) -> None:
@@ -214,7 +216,7 @@ class MissingKey(KeyError):
         return f"{key!r} is not in this checkpoint" + (f"; near it: {', '.join(map(repr, near))}" if near else "")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MissingKey, (self.args[0], ())
+        return MissingKeyError, (self.args[0], ())
 
 
 class LazyStateDict(MutableMapping[Any, Any]):
@@ -236,8 +238,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
     _overlay: dict[Any, Any]
     _own_metadata: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("a LazyStateDict comes from zipslicer.load(path); for a plain dict of its tensors call .materialize()")
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        raise TypeError(
+            "a LazyStateDict comes from zipslicer.load(path); for a plain dict of its tensors call .materialize()"
+        )
 
     @classmethod
     def _of(
@@ -264,7 +268,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         try:
             position = self._slots[key]
         except KeyError:
-            raise MissingKey(key, self._slots) from None
+            raise MissingKeyError(key, self._slots) from None
         if position < 0:
             return self._overlay[key]
         view = self._view
@@ -283,7 +287,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def __delitem__(self, key: Any) -> None:
         if key not in self._slots:
-            raise MissingKey(key, self._slots)
+            raise MissingKeyError(key, self._slots)
         del self._slots[key]
         self._overlay.pop(key, None)
         self._view.is_edited = True
@@ -292,7 +296,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return iter(self._slots)
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(self._slots)
+        return iter(reversed(self._slots))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -358,7 +362,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """What the file says of a tensor; None for a value that is no tensor. Reads nothing. Raises: KeyError."""
         position = self._slots.get(key)
         if position is None:
-            raise MissingKey(key, self._slots)
+            raise MissingKeyError(key, self._slots)
         if position < 0:
             value = self._overlay[key]
             return _info_of(value) if hasattr(value, "untyped_storage") else None
@@ -378,7 +382,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return list(self._require_meta(key).shape)
 
     def get_dtype(self, key: Any) -> str:
-        """safetensors' name of the dtype ("F32"), or torch's where that format has none."""
+        """Safetensors' name of the dtype ("F32"), or torch's where that format has none."""
         return _code(self._require_meta(key).dtype_name)
 
     def metadata(self) -> dict[str, str]:
@@ -428,7 +432,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """
         position = self._position
         if position is not None and not self._view.is_edited:
-            return self._built([position])[0]
+            return cast(dict[Any, Any], self._built([position])[0])
         made: dict[Any, Any] = self._materialized(list(self._slots))
         if position is not None and self._view.program.kinds[position] == Kind.ORDERED_DICT:
             made = collections.OrderedDict(made)
@@ -490,7 +494,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             elif isinstance(pattern, str) and GLOB & set(pattern):
                 wanted.update(key for key in self._slots if isinstance(key, str) and fnmatch.fnmatchcase(key, pattern))
             else:
-                raise MissingKey(pattern, self._slots)
+                raise MissingKeyError(pattern, self._slots)
         slots = {key: position for key, position in self._slots.items() if key in wanted}
         overlay = {key: value for key, value in self._overlay.items() if key in wanted}
         return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
@@ -507,13 +511,15 @@ class LazyStateDict(MutableMapping[Any, Any]):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            deeper = []
+            deeper: list[tuple[str, Any]] = []
             for key, position, child in _entries(value):
                 name = f"{prefix}{key}"
                 if position >= 0 and table.is_tensor(position):
                     slots[name] = position
                 elif position >= 0:
-                    touched = self._view.touch(position) if self._view.program.kinds[position] >= FIRST_NODE_KIND else None
+                    touched = (
+                        self._view.touch(position) if self._view.program.kinds[position] >= FIRST_NODE_KIND else None
+                    )
                     if isinstance(touched, (LazyStateDict, LazySequence)):
                         deeper.append((name + separator, touched))
                 elif hasattr(child, "untyped_storage"):
@@ -535,7 +541,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             table = names
             for key in table:
                 if key not in self._slots:
-                    raise MissingKey(key, self._slots)
+                    raise MissingKeyError(key, self._slots)
             new = {key: table.get(key, key) for key in self._slots}
         else:
             new = {key: names(key) for key in self._slots}
@@ -600,7 +606,8 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """For notebooks: the same table."""
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("key", "dtype", "shape", "size"))
         body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows()
         )
         more = f"<p>... {len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
         return f"<p>{html.escape(_printable(self._title()))}</p><table><tr>{head}</tr>{body}</table>{more}"
@@ -717,7 +724,7 @@ class LazySlice:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """safetensors' name of the dtype: "F32"."""
+        """Safetensors' name of the dtype: "F32"."""
         return _code(self.info.dtype_name)
 
     def __len__(self) -> int:
@@ -729,7 +736,9 @@ class LazySlice:
         return f"LazySlice({self._key!r}, {self.info!r})"
 
 
-def _restored(view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], metadata: Any) -> LazyStateDict:
+def _restored(
+    view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], metadata: Any
+) -> LazyStateDict:
     if overlay:
         view.is_edited = True
     return LazyStateDict._of(view, position, slots, overlay, metadata)
@@ -770,10 +779,10 @@ def _entries(value: Any) -> Iterator[tuple[Any, int, Any]]:
 
 def _flat(patterns: Sequence[Patterns]) -> Iterator[Any]:
     for pattern in patterns:
-        if isinstance(pattern, (list, tuple, set, frozenset)) or (isinstance(pattern, Iterable) and not isinstance(pattern, (str, bytes))):
-            yield from pattern
-        else:
+        if isinstance(pattern, str) or not isinstance(pattern, Iterable):
             yield pattern
+        else:
+            yield from pattern
 
 
 def _info_of(tensor: Any) -> TensorInfo:

@@ -161,7 +161,9 @@ class TensorTable:
         middle = row.dims + row.ndim
         dims = self.program.dims
         return Geometry(
-            row.storage_offset, tuple(dims[row.dims : middle].tolist()), tuple(dims[middle : middle + row.ndim].tolist())
+            row.storage_offset,
+            tuple(dims[row.dims : middle].tolist()),
+            tuple(dims[middle : middle + row.ndim].tolist()),
         )
 
     def storage_nbytes(self, storage: int) -> int:
@@ -436,4 +438,3 @@ def structural(steps: tuple[Step, ...]) -> str:
         else:
             spelled.append(f"{marks[kind]}{name}")
     return "/".join(spelled)
-

@@ -51,7 +51,7 @@ class TensorReader:
     def __init__(self, table: TensorTable, options: ReadOptions) -> None:
         import torch
 
-        self.torch = torch
+        self.torch: Any = torch
         self.table = table
         self.threads = options.threads or default_threads()
         self.dtypes = [getattr(torch, dtype.name, None) for dtype in DTYPES]
@@ -84,7 +84,7 @@ class TensorReader:
                 return self._tensor_slowly(number)
             run *= size
         nbytes = run * itemsize
-        if record < 0 or flags or not 0 < nbytes < THREADED:  # type: ignore[operator]
+        if record < 0 or flags or not 0 < nbytes < THREADED:
             return self._tensor_slowly(number)
         archive, source = self._archive, self._source
         buffer = self._read_record(
@@ -96,7 +96,9 @@ class TensorReader:
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]
         if made is None:
-            raise NotImplementedError(f"torch {self.torch.__version__} has no dtype {DTYPES[dtype].name}; a newer one does")
+            raise NotImplementedError(
+                f"torch {self.torch.__version__} has no dtype {DTYPES[dtype].name}; a newer one does"
+            )
         return made
 
     def _tensor_slowly(self, number: int) -> Any:
@@ -148,7 +150,8 @@ class TensorReader:
         """Many at once, in file order, on threads; each (storage, start, nbytes, unit of its elements)."""
         table, archive, torch = self.table, self._archive, self.torch
         allocate = archive.backend.allocate
-        jobs, buffers = [], []
+        jobs: list[tuple[int, int, int, int, int]] = []
+        buffers: list[Any] = []
         for storage, start, nbytes, _ in wanted:
             if not nbytes:
                 buffers.append(None)
@@ -456,4 +459,3 @@ class _Place:
         if self.dtype is None or not made.dtype.is_floating_point:
             return made
         return made.to(self.dtype)
-

@@ -42,7 +42,8 @@ def find_directory(tail: bytes, tail_offset: int, base: int) -> tuple[int, int, 
         at = tail.find(b"PK\x05\x06", at + 1)
     if not found:
         raise ArchiveError(
-            "no end of central directory: the file is truncated, or it is no ZIP archive", offset=tail_offset + len(tail)
+            "no end of central directory: the file is truncated, or it is no ZIP archive",
+            offset=tail_offset + len(tail),
         )
     last = _end_record(tail, found[-1], tail_offset, base)
     offset, nbytes, count, gap = last
@@ -104,7 +105,9 @@ def _end_record(tail: bytes, at: int, tail_offset: int, base: int) -> tuple[int,
     if gap == 0 and start != where and base + offset64 != start:
         # The locator must lead to the record that stands before it, and nowhere else: CVE-2025-8291. (With a gap it
         # cannot, and the gap is what there is to say.)
-        raise ArchiveError("the ZIP64 locator does not lead to the ZIP64 end record before it", offset=where - LOCATOR.size)
+        raise ArchiveError(
+            "the ZIP64 locator does not lead to the ZIP64 end record before it", offset=where - LOCATOR.size
+        )
     return base + offset, nbytes, count, gap
 
 
@@ -119,8 +122,8 @@ def parse_directory(block: bytes, count: int, offset: int, base: int) -> tuple[b
     for _ in range(count):
         if len(block) - at < CENTRAL.size:
             raise ArchiveError("the central directory ends inside a header", offset=offset + at)
-        signature, _, _, flags, method, _, _, crc, stored, nbytes, n_name, n_extra, n_comment, disk, _, _, header = unpack(
-            block, at
+        signature, _, _, flags, method, _, _, crc, stored, nbytes, n_name, n_extra, n_comment, disk, _, _, header = (
+            unpack(block, at)
         )
         where = offset + at
         if signature != b"PK\x01\x02":
@@ -219,7 +222,9 @@ def parse_local_header(head: bytes, block: bytes, entries: bytearray, record: in
     header, _, stored, nbytes, limit, crc, method, _, name_start, name_nbytes = row
     if len(head) < LOCAL.size:
         raise ArchiveError("a local header is cut short", offset=header)
-    signature, _, flags, local_method, _, _, local_crc, local_stored, local_nbytes, n_name, n_extra = LOCAL.unpack_from(head)
+    signature, _, flags, local_method, _, _, local_crc, local_stored, local_nbytes, n_name, n_extra = LOCAL.unpack_from(
+        head
+    )
     name = block[name_start : name_start + name_nbytes]
     if signature != b"PK\x03\x04":
         raise ArchiveError(f"the local header of {name!r} has a wrong signature", offset=header)
@@ -230,7 +235,9 @@ def parse_local_header(head: bytes, block: bytes, entries: bytearray, record: in
     if local_name != name:
         raise ArchiveError(f"the local header names {bytes(local_name)!r}, the directory names {name!r}", offset=header)
     if local_method != method:
-        raise ArchiveError(f"the local header of {name!r} and the directory name two compression methods", offset=header)
+        raise ArchiveError(
+            f"the local header of {name!r} and the directory name two compression methods", offset=header
+        )
     if flags & FLAGS_REFUSED:
         raise ArchiveError(f"the local header of {name!r} says it is encrypted", offset=header)
     if not flags & FLAG_DESCRIPTOR:

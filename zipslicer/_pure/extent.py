@@ -35,7 +35,9 @@ def allocate(nbytes: int) -> Any:
         return bytearray(nbytes)
     # Over-mapped to find an aligned start: kernels before 6.7 place a mapping on any page.
     room = mmap.mmap(-1, nbytes + HUGE_PAGE)
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no huge pages here: 4 KiB ones are right, and slower
+    with contextlib.suppress(
+        AttributeError, OSError, ValueError
+    ):  # no huge pages here: 4 KiB ones are right, and slower
         room.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(room)
     start = -_address(room) % HUGE_PAGE
@@ -165,9 +167,7 @@ def read_record(
     return buffer
 
 
-def _read_unproved(
-    preadv: Preadv, block: bytes, entries: bytearray, record: int, start: int, view: memoryview
-) -> None:
+def _read_unproved(preadv: Preadv, block: bytes, entries: bytearray, record: int, start: int, view: memoryview) -> None:
     """Read a payload and the header that proves where it is: in one call where the guess is right and they are near."""
     rows = memoryview(entries).cast("q")
     header = rows[record * ENTRY_FIELDS]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ProgramError, TableError, UnsafeError, UnsupportedError
 
@@ -722,11 +722,9 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
             locations.append(storage.location)
         return number
 
-    position = 0
-    for value in pool:  # a list that grows under a for loop is scanned to its new end
+    for position, value in enumerate(pool):  # a list that grows under a for loop is scanned to its new end
         while position >= run_ends[run]:
             run += 1
-        position += 1
         kind = type(value)
         if kind is Tensor:
             kind_add(TENSOR)
@@ -816,7 +814,9 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
 
 
 _NOTHING = object()  # ABSENT, as a value
-_BYTE_ORDER = "little" if array("H", [1]).tobytes()[0] else "big"  # of this host, as array and struct use it
+_BYTE_ORDER: Literal["little", "big"] = (
+    "little" if array("H", [1]).tobytes()[0] else "big"
+)  # of this host, as array and struct use it
 
 
 def _node(value: Any) -> tuple[int, Sequence[Any], int]:
