@@ -38,6 +38,7 @@ from .policy import (
 __all__ = ["MISSING", "Builder", "Program", "Special", "run_program"]
 
 MISSING: Any = object()  # no such object yet, or no such part
+MAX_MADE_KEYS = 4096  # Python hashes complex numbers and ranges without a secret: thousands can be made to collide
 CALLABLE, ARGS, KWARGS, STATE, PARTS = range(5)  # the children of a CALL or OBJECT, before its items
 
 Leaf = Callable[[int, int], Any]  # (kind, payload) of a TENSOR or STORAGE -> the object that stands for it
@@ -171,7 +172,9 @@ class Program:
             if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
                 return self.strings[numbers[0] : numbers[0] + len(numbers)]
             return [self.strings[n] for n in numbers]
-        return [self.build(position, _no_leaf, special) for position in positions]
+        keys = [self.build(position, _no_leaf, special) for position in positions]
+        check_keys(keys)
+        return keys
 
     def build(self, root: int, leaf: Leaf, special: Special) -> Any:
         """The objects from the value at a position on. Sharing and cycles of the file are those of the result.
@@ -198,6 +201,24 @@ class Program:
         raise AssertionError("a callable made of itself")
 
 
+def check_keys(keys: Sequence[Any]) -> None:
+    """The machine has checked keys by kind; what a call has made of its arguments is known here only.
+
+    Raises: ProgramError for what cannot be hashed, and for too many of what could be made to collide.
+    """
+    strange = [key for key in keys if type(key) is not str and type(key) is not int]
+    try:
+        for key in strange:
+            hash(key)
+    except TypeError:
+        raise ProgramError("a dict key or an item of a set cannot be hashed") from None
+    if len(strange) > MAX_MADE_KEYS:
+        kinds = (complex, range, slice, frozenset, tuple)
+        made = [key for key in strange if isinstance(key, kinds) or type(key).__module__ == "numpy"]
+        if len(made) > MAX_MADE_KEYS:
+            raise ProgramError("too many dict keys or items of a set are numbers or sequences that a call has made")
+
+
 def _no_leaf(_kind: int, _payload: int) -> Any:
     raise ProgramError("a tensor is a dict key")
 
@@ -222,20 +243,31 @@ class Builder:
 
     def _build_node(self, root: int) -> None:
         program, kinds, payloads = self.program, self.program.kinds, self.program.payloads
-        seen = self.seen
-        todo = [root]
+        seen, count = self.seen, program.node_count
+        todo = [root]  # a node: go into it; node + count: its arguments stand, now make it; ~node: fill it
         while todo:
             node = todo.pop()
             if node < 0:
                 self.finish(~node)
-            elif node not in seen:
+                continue
+            made_now = node >= count
+            if made_now:
+                node -= count
+                self.objects[node] = self.call(node)
+            elif node in seen:
+                continue
+            else:
                 seen.add(node)
                 self.begin(node)
                 todo.append(~node)
-                start, end = program.span(node)
-                todo += [
-                    payloads[p] for p in range(start, end) if kinds[p] >= FIRST_NODE_KIND and payloads[p] not in seen
-                ]
+            start, end = program.span(node)
+            if made_now:
+                start += STATE
+            elif node not in self.objects and self.is_made_of_arguments(node):
+                # As pickle does it: the object stands before its state and items, which may point back to it.
+                todo.append(node + count)
+                end = start + STATE
+            todo += [payloads[p] for p in range(start, end) if kinds[p] >= FIRST_NODE_KIND and payloads[p] not in seen]
         waiting, self.waiting = self.waiting, []
         for node in waiting:
             self.fill(node)
@@ -278,6 +310,12 @@ class Builder:
     def is_known(self, node: int) -> bool:
         return self.program.meaning(node) != Meaning.STRANGER or self.program.allowed(node) is not MISSING
 
+    def is_made_of_arguments(self, node: int) -> bool:
+        """Whether a known CALL or OBJECT is made of its arguments alone, and given its state afterwards."""
+        if self.program.kind(node) not in (Kind.CALL, Kind.OBJECT):
+            return False
+        return self.program.meaning(node) <= Meaning.LAST_PLAIN or self.program.allowed(node) is not MISSING
+
     def finish(self, node: int) -> None:
         """All below stands, except what closes a cycle: now make what could not be made before, then fill."""
         program = self.program
@@ -285,7 +323,12 @@ class Builder:
         start, end = program.span(node)
         if node not in self.objects:
             if kind == Kind.TUPLE or kind == Kind.FROZENSET:
-                self.objects[node] = (tuple if kind == Kind.TUPLE else frozenset)(self.values(start, end))
+                values = self.values(start, end)
+                if any(value is MISSING for value in values):
+                    raise UnsupportedError("a value holds itself by way of the arguments it is made of")
+                if kind == Kind.FROZENSET:
+                    check_keys(values)
+                self.objects[node] = (tuple if kind == Kind.TUPLE else frozenset)(values)
                 return
             if kind == Kind.TYPED:
                 self.objects[node] = self.special(Meaning.TYPED, "", self.values(start, end), None)
@@ -325,6 +368,7 @@ class Builder:
         if kind == Kind.LIST:
             made[:] = values
         elif kind == Kind.SET:
+            check_keys(values)
             made.update(values)
         elif kind == Kind.DICT or kind == Kind.ORDERED_DICT:
             count = len(values) - len(values) % 2
@@ -337,11 +381,9 @@ class Builder:
             self.fill_known(node, made, values)
 
     def set_items(self, made: Any, keys: list[Any], values: list[Any]) -> None:
-        try:
-            for key, value in zip(keys, values):
-                made[key] = value
-        except TypeError:
-            raise ProgramError("a dict key cannot be hashed") from None
+        check_keys(keys)
+        for key, value in zip(keys, values):
+            made[key] = value
 
     def describe(self, node: int, made: Placeholder, values: list[Any]) -> None:
         about = made._zipslicer
