@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 
-from .backend import ENTRY_FIELDS, Backend, Buffer, Entry
+from .backend import ENTRY_FIELDS, JOB_FIELDS, Backend, Buffer, Entry, Job
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import Limits
 from .source import ByteSource, read_at
@@ -46,7 +46,6 @@ class Archive:
             self._read_directory()
         except ZipSlicerError as error:
             raise error.located(path=source.path) from None
-        self._index: dict[bytes, int] | None = None
 
     def _read_directory(self) -> None:
         end = self.base + self.nbytes
@@ -86,21 +85,9 @@ class Archive:
         """All records, in directory order."""
         return [self.name(i) for i in range(self.count)]
 
-    def find(self, name: str) -> int | None:
-        """The record of this name below the archive root, matched literally; None if there is none."""
-        if self._index is None:
-            rows = self._columns.tolist()
-            block, skip = self.block, len(self.root)
-            starts, sizes = rows[Entry.NAME_START :: ENTRY_FIELDS], rows[Entry.NAME_NBYTES :: ENTRY_FIELDS]
-            self._index = {block[s + skip : s + n]: i for i, (s, n) in enumerate(zip(starts, sizes))}
-        return self._index.get(name.encode("utf-8", "surrogatepass"))
-
-    def record(self, name: str) -> int:
-        """As find, but a missing record is an error. Raises: ArchiveError."""
-        found = self.find(name)
-        if found is None:
-            raise ArchiveError(f"the archive has no record {name!r}", path=self.source.path)
-        return found
+    def find(self, names: Sequence[str]) -> list[int]:
+        """For each name below the archive root its record, matched literally; -1 where there is none."""
+        return self.backend.find_records(self.block, self.entries, len(self.root), names)
 
     def is_stored(self, record: int) -> bool:
         """Whether a record's bytes lie in the file as they are. Raises: UnsupportedError for a foreign compression."""
@@ -162,20 +149,13 @@ class Archive:
             )
         return made
 
-    def read_into(
-        self, jobs: Sequence[tuple[int, int, int, int, int]], buffers: Sequence[Buffer], threads: int
-    ) -> None:
-        """Many parts of stored records at once; `jobs` are rows of backend.Job."""
-        source = self.source
-        flat = array("q")
-        for job in jobs:
-            flat.extend(job)
+    def read_into(self, jobs: Sequence[int], buffers: Sequence[Buffer], threads: int) -> None:
+        """Many parts of stored records at once; `jobs` are rows of backend.Job, one after the other."""
+        source, rows = self.source, array("q", jobs).tobytes()
         try:
-            self.backend.read_records(
-                source.handle, source.stamp, self.block, self.entries, flat.tobytes(), buffers, threads
-            )
+            self.backend.read_records(source.handle, source.stamp, self.block, self.entries, rows, buffers, threads)
         except ZipSlicerError as error:
-            record = self._record_at(error.offset, (job[0] for job in jobs))
+            record = self._record_at(error.offset, jobs[Job.RECORD :: JOB_FIELDS])
             raise error.located(path=source.path, record=None if record is None else self.name(record)) from None
 
     def _record_at(self, offset: int | None, records: Iterable[int]) -> int | None:

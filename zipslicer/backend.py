@@ -147,9 +147,10 @@ class TensorField:
     NDIM: Final = 5
     FLAGS: Final = 6  # 1 requires_grad, 2 conj, 4 neg
     OFFSET: Final = 7  # of the REDUCE opcode
+    EXTENT: Final = 8  # elements from the first to the last one, both included; 0 for an empty tensor
 
 
-TENSOR_FIELDS: Final = 8
+TENSOR_FIELDS: Final = 9
 
 
 class Limits(NamedTuple):
@@ -251,6 +252,10 @@ class Backend(Protocol):
         `entries` is count rows of ENTRY_FIELDS int64 in directory order; the archive root is the first prefix_nbytes
         bytes of any name, its slash included. Raises: ArchiveError, UnsupportedError.
         """
+        ...
+
+    def find_records(self, block: bytes, entries: bytearray, prefix_nbytes: int, names: Sequence[str], /) -> list[int]:
+        """For each name below the archive root the index of the record that has it, byte for byte; -1 where none has."""
         ...
 
     def parse_local_header(self, head: bytes, block: bytes, entries: bytearray, record: int, /) -> int:

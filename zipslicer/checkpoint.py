@@ -204,8 +204,8 @@ def _reopen(
 
 def _is_swapped(archive: Archive) -> bool:
     """Whether the file's byte order is not this host's. Without a record it is little, as torch has it since 2.1."""
-    found = archive.find("byteorder")
-    order = b"little" if found is None else archive.read(found, 64)
+    found = archive.find(["byteorder"])[0]
+    order = b"little" if found < 0 else archive.read(found, 64)
     if order not in (b"little", b"big"):
         raise ArchiveError(
             f"byteorder is {order!r}; it must be b'little' or b'big'", record="byteorder", path=archive.source.path

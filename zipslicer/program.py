@@ -451,8 +451,8 @@ def run_program(
 
     Raises: ArchiveError, ProgramError, TableError, UnsupportedError; UnsafeError with unknown="error".
     """
-    found = archive.find(record)
-    if found is None:
+    found = archive.find([record])[0]
+    if found < 0:
         raise _no_program(archive, record)
     text = archive.read(found, limits.program_nbytes)
     known = actions()

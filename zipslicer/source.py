@@ -30,10 +30,16 @@ class ByteSource(Protocol):
     stamp: bytes  # size, mtime in ns and inode as native int64, which the backend compares after each read; or b""
     path: str | None  # to say where, and to open again after pickling
 
-    @property
-    def handle(self) -> Handle: ...
+    handle: Handle
 
     def close(self) -> None: ...
+
+
+class Closed:
+    """The handle of a source after close()."""
+
+    def preadv(self, _buffers: Sequence[Any], _offset: int, /) -> int:
+        raise ValueError("the checkpoint is closed")
 
 
 class LocalFile:
@@ -63,14 +69,9 @@ class LocalFile:
             raise
         self.size = facts.st_size
         self.stamp = array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes()
-        self._positioned = hasattr(os, "preadv")
         self._lock = threading.Lock()
-
-    @property
-    def handle(self) -> Handle:
-        if self._fd < 0:
-            raise ValueError("the checkpoint is closed")
-        return self._fd if self._positioned else self
+        # An attribute, looked up for each tensor that is read: closing replaces it.
+        self.handle: Handle = self._fd if hasattr(os, "preadv") else self
 
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
         """For platforms without a positioned read (Windows, WASM): seek and read under a lock."""
@@ -86,7 +87,7 @@ class LocalFile:
             return done
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
+        fd, self._fd, self.handle = self._fd, -1, Closed()
         if fd >= 0:
             os.close(fd)
 
@@ -104,10 +105,7 @@ class Memory:
     def __init__(self, content: Any) -> None:
         self._view = memoryview(content).cast("B")
         self.size = len(self._view)
-
-    @property
-    def handle(self) -> Handle:
-        return self
+        self.handle: Handle = self
 
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
         done = 0
@@ -118,7 +116,8 @@ class Memory:
         return done
 
     def close(self) -> None:
-        self._view.release()
+        self.handle = Closed()
+        self._view = memoryview(b"")
 
 
 class FileObject:
@@ -131,10 +130,7 @@ class FileObject:
         self._file = file
         self._lock = threading.Lock()
         self.size = file.seek(0, io.SEEK_END)
-
-    @property
-    def handle(self) -> Handle:
-        return self
+        self.handle: Handle = self
 
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
         with self._lock:
@@ -153,7 +149,7 @@ class FileObject:
         return len(got)
 
     def close(self) -> None:
-        pass
+        self.handle = Closed()
 
 
 def open_source(source: Any) -> ByteSource:

@@ -432,7 +432,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """
         position = self._position
         if position is not None and not self._view.is_edited:
-            return cast(dict[Any, Any], self._built([position])[0])
+            return cast("dict[Any, Any]", self._built([position])[0])
         made: dict[Any, Any] = self._materialized(list(self._slots))
         if position is not None and self._view.program.kinds[position] == Kind.ORDERED_DICT:
             made = collections.OrderedDict(made)

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 from .archive import Archive
 from .backend import FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
-from .errors import TableError
-from .plan import Geometry, hull, is_contiguous, numel
+from .errors import ArchiveError, TableError
+from .plan import Geometry, is_contiguous, numel
 from .policy import DTYPES, NOT_PLAIN, Dtype, Meaning
-from .program import ARGS, STATE, Program
+from .program import ARGS, MISSING, STATE, Program
 
 __all__ = ["Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
 
 ROW = struct.Struct(f"={TENSOR_FIELDS}q")
+ROW_NBYTES = ROW.size
 UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
+NAME_ROOM = 256  # characters of names for each value of the file; flat state dicts have two values a tensor
 TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
 
 Step = tuple[str, Any]  # ("key", k), ("index", i), ("attribute", name) or ("part", name)
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     ndim: int
     flags: int
     offset: int
+    extent: int  # elements from the first to the last one
 
     @property
     def requires_grad(self) -> bool:
@@ -148,11 +151,12 @@ class TensorTable:
         self.program = program
         self.archive = archive
         self.swapped = swapped  # the file's byte order is not this host's
-        # On touch, for each storage: its record's index if its bytes can be read straight from the file, else -1.
-        self.direct: list[int | None] = [None] * program.storage_count
+        self._records: list[int] | None = None
+        # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
+        self.direct: list[int] = [-1] * program.storage_count
 
     def row(self, number: int) -> Row:
-        return Row(*ROW.unpack_from(self.program.tensors, number * ROW.size))
+        return Row(*ROW.unpack_from(self.program.tensors, number * ROW_NBYTES))
 
     def dtype(self, index: int) -> Dtype:
         return DTYPES[UINT8 if index == UNTYPED else index]
@@ -172,6 +176,12 @@ class TensorTable:
     def storage_dtype(self, storage: int) -> int:
         return self.program.storages[storage * STORAGE_FIELDS + StorageField.DTYPE]
 
+    def record_number(self, storage: int) -> int:
+        """The record of a storage, -1 if there is none. All are looked up at once, on first touch."""
+        if self._records is None:
+            self._records = self.archive.find([f"data/{key}" for key in self.program.storage_keys])
+        return self._records[storage]
+
     def record(self, storage: int) -> int:
         """The record of a storage, found and measured.
 
@@ -179,25 +189,21 @@ class TensorTable:
             ArchiveError: there is none.
             TableError: it has fewer bytes than the storage, or a whole element more.
         """
-        key = self.program.storage_keys[storage]
-        record = self.archive.record(f"data/{key}")
-        has, wants = self.archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
+        archive, record = self.archive, self.record_number(storage)
+        if record < 0:
+            raise ArchiveError(
+                f"the archive has no record 'data/{self.program.storage_keys[storage]}'", path=archive.source.path
+            )
+        has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
         if not 0 <= has - wants < max(1, self.dtype(self.storage_dtype(storage)).itemsize):
             raise TableError(
                 f"the record has {has} bytes, its storage {wants}",
-                record=self.archive.name(record),
-                path=self.archive.source.path,
+                record=archive.name(record),
+                path=archive.source.path,
             )
+        if archive.is_stored(record) and not self.swapped:
+            self.direct[storage] = record
         return record
-
-    def is_direct(self, storage: int) -> bool:
-        """Whether a storage's bytes can be read straight from the file: stored, and in this host's byte order."""
-        known = self.direct[storage]
-        if known is None:
-            record = self.record(storage)
-            known = record if self.archive.is_stored(record) and not self.swapped else -1
-            self.direct[storage] = known
-        return known >= 0
 
     def leaf(self, position: int) -> Leaf | None:
         """The tensor that a value is, or None."""
@@ -277,32 +283,16 @@ class TensorTable:
             assert leaf is not None
             row = self.row(leaf.number)
             storage, start = row.storage, row.storage_offset * row.itemsize
-        record = self.archive.find(f"data/{program.storage_keys[storage]}")
-        return -1 if record is None else self.archive.field(record, Entry.HEADER_OFFSET) + start
-
-    def extent(self, row: Row) -> tuple[int, int]:
-        """(byte offset in the storage, nbytes) of the hull of a row."""
-        return row.storage_offset * row.itemsize, hull(self.geometry(row)) * row.itemsize
+        record = self.record_number(storage)
+        return -1 if record < 0 else self.archive.field(record, Entry.HEADER_OFFSET) + start
 
     def tensors(self, root: int) -> dict[str, int]:
         """Every tensor and storage at and below a position, each container once: dotted name -> position."""
-        names: dict[str, int] = {}
-        for position, path in self._walk(root, self.is_tensor, self.program.with_tensors()):
-            name = dotted(path)
-            if name in names:
-                # "a.b" beside a/b, 0 beside "0": the later one keeps its structural path, which is unique.
-                name = structural(path)
-            names[name] = position
-        return names
+        return _named(self._walk(root, self.is_tensor, self.program.with_tensors()))
 
     def strangers(self) -> dict[str, int]:
         """Every call or object that policy does not know: dotted name -> position."""
-        program = self.program
-        found: dict[str, int] = {}
-        for position, path in self._walk(0, wanted=self._is_stranger, below=b"\1" * program.node_count):
-            name = dotted(path)
-            found[structural(path) if name in found else name] = position
-        return found
+        return _named(self._walk(0, self._is_stranger, below=b"\1" * self.program.node_count))
 
     def is_tensor(self, position: int) -> bool:
         """Whether a value is a tensor or a storage."""
@@ -312,7 +302,9 @@ class TensorTable:
     def _is_stranger(self, position: int) -> bool:
         program = self.program
         node = program.payloads[position]
-        return program.kinds[position] in (Kind.CALL, Kind.OBJECT) and program.meaning(node) == Meaning.STRANGER
+        if program.kinds[position] not in (Kind.CALL, Kind.OBJECT):
+            return False
+        return program.meaning(node) == Meaning.STRANGER and program.allowed(node) is MISSING
 
     def _walk(
         self, root: int, wanted: Callable[[int], bool], below: Sequence[int]
@@ -320,13 +312,23 @@ class TensorTable:
         """Wanted values, depth first, in file order, without recursion. Paths are linked, and spelled out for these only.
 
         `below`: for each node whether to go into it.
+
+        Raises: TableError where the paths together are longer than an honest file's: one long key that every level of a
+            nest repeats would otherwise fill the memory.
         """
         program = self.program
         seen: set[int] = set()
-        todo: list[tuple[int, Any]] = [(root, None)]
+        room = NAME_ROOM * (4096 + len(program.kinds))
+        todo: list[tuple[int, Any, int]] = [(root, None, 0)]
         while todo:
-            position, path = todo.pop()
+            position, path, size = todo.pop()
             if wanted(position):
+                room -= size
+                if room < 0:
+                    raise TableError(
+                        "the names of the tensors are far longer than the file: long keys are nested over and over",
+                        path=self.archive.source.path,
+                    )
                 yield position, _spelled(path)
             if program.kinds[position] < FIRST_NODE_KIND:
                 continue
@@ -334,7 +336,9 @@ class TensorTable:
             if node in seen or not below[node]:
                 continue
             seen.add(node)
-            todo.extend((child, (path, step)) for child, step in reversed(self._children(position, node)))
+            for child, step in reversed(self._children(position, node)):
+                name = step[1]
+                todo.append((child, (path, step), size + (len(name) if isinstance(name, (str, bytes)) else 1) + 1))
 
     def _children(self, position: int, node: int) -> list[tuple[int, Step]]:
         """The values under a node, with the step to each. What wraps a tensor's own bytes is no step."""
@@ -342,7 +346,7 @@ class TensorTable:
         kind = program.kind(node)
         start, end = program.span(node)
         if kind in (Kind.DICT, Kind.ORDERED_DICT):
-            return [(p + 1, ("key", self._key(p))) for p in program.pairs(node)]
+            return self._pairs(node, "key")
         if kind == Kind.TYPED:
             return self._attributes(start + 2)
         if kind not in (Kind.CALL, Kind.OBJECT):
@@ -364,15 +368,25 @@ class TensorTable:
             else:
                 children += self._attributes(start + STATE)
         children += [(p, ("index", i)) for i, p in enumerate(program.appended(node))]
-        children += [(p + 1, ("key", self._key(p))) for p in program.pairs(node)]
+        children += self._pairs(node, "key")
         return children
+
+    def _pairs(self, node: int, kind: str) -> list[tuple[int, Step]]:
+        """The values of a mapping node. Of equal keys the last value counts, as in the dict that Python would make."""
+        named: dict[Any, tuple[int, Step]] = {}
+        for p in self.program.pairs(node):
+            key = self._key(p)
+            # Text that stands for a key is not equal to a key that is this text.
+            own = key if self.program.kinds[p] < FIRST_NODE_KIND else (key,)
+            named[own] = p + 1, named[own][1] if own in named else (kind, key)
+        return list(named.values())
 
     def _attributes(self, position: int) -> list[tuple[int, Step]]:
         """A state: a dict of attributes, (a dict or None, a dict of slots), or something of the class's own."""
         program = self.program
         kind, node = program.kinds[position], program.payloads[position]
         if kind in (Kind.DICT, Kind.ORDERED_DICT):
-            return [(p + 1, ("attribute", self._key(p))) for p in program.pairs(node)]
+            return self._pairs(node, "attribute")
         if kind == Kind.TUPLE:
             start, end = program.span(node)
             parts = range(start, end)
@@ -400,9 +414,37 @@ class TensorTable:
         kind = self.program.kinds[position]
         if kind < FIRST_NODE_KIND and kind not in (Kind.GLOBAL, Kind.STORAGE, Kind.TENSOR):
             return self.program.scalar(position)
-        if kind == Kind.TUPLE or kind == Kind.GLOBAL:
-            return str(self.program.build(position, lambda *_: None, lambda *_: NOT_PLAIN))
+        if kind == Kind.GLOBAL or (kind == Kind.TUPLE and self._is_short(position)):
+            try:
+                return str(self.program.build(position, lambda *_: None, lambda *_: NOT_PLAIN))
+            except ValueError:  # Python does not print a range of integers of more than 4300 digits
+                pass
         return f"<{position}>"
+
+    def _is_short(self, position: int) -> bool:
+        """Whether a tuple's text is no longer than a name should be."""
+        program = self.program
+        children = range(*program.span(program.payloads[position]))
+        texts = {Kind.STR: program.strings, Kind.BYTES: program.blobs}
+        return (
+            sum(len(texts[program.kinds[p]][program.payloads[p]]) for p in children if program.kinds[p] in texts) < 1000
+        )
+
+
+def _named(found: Iterator[tuple[int, tuple[Step, ...]]]) -> dict[str, int]:
+    """Positions by their dotted names.
+
+    "a.b" beside a/b, 0 beside "0": the later one keeps its structural path, with its position where that is taken too.
+    """
+    names: dict[str, int] = {}
+    for position, path in found:
+        name = dotted(path)
+        if name in names:
+            name = structural(path)
+        while name in names:
+            name = f"{name}#{position}"
+        names[name] = position
+    return names
 
 
 def _spelled(path: Any) -> tuple[Step, ...]:

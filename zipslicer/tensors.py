@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from .backend import FIRST_NODE_KIND, Kind
 from .plan import Geometry, hull, index, is_contiguous, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning
 from .program import Builder
-from .table import ROW, Leaf, Row, TensorTable
+from .table import ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "TensorReader", "default_threads"]
 
@@ -63,35 +64,34 @@ class TensorReader:
         self._archive = archive
         self._read_record = archive.backend.read_record
         self._frombuffer = torch.frombuffer
+        self._in_inference_mode = torch.is_inference_mode_enabled
+        # No device, no cast, no cache: bytes become tensors as they are.
+        self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
-        """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, one read."""
+        """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, and one read."""
         table = self.table
-        if self._cache is not None or self.place.special or self.torch.is_inference_mode_enabled():
-            return self._tensor_slowly(number)
         program = table.program
-        storage, dtype, itemsize, offset, dims, ndim, flags, _ = ROW.unpack_from(program.tensors, number << 6)
+        storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = ROW.unpack_from(
+            program.tensors, number * ROW_NBYTES
+        )
         record = table.direct[storage]
-        if record is None:
-            table.is_direct(storage)
-            record = table.direct[storage]
-        middle = dims + ndim
-        sizes = program.dims[dims:middle].tolist()
-        run = 1
-        for stride, size in zip(reversed(program.dims[middle : middle + ndim]), reversed(sizes)):
-            if stride != run and size != 1:
+        nbytes = extent * itemsize
+        if record < 0:
+            if not nbytes or table.record(storage) != table.direct[storage]:
                 return self._tensor_slowly(number)
-            run *= size
-        nbytes = run * itemsize
-        if record < 0 or flags or not 0 < nbytes < THREADED:
+            record = table.direct[storage]
+        if flags or not 0 < nbytes < THREADED or not self._is_plain or self._in_inference_mode():
             return self._tensor_slowly(number)
         archive, source = self._archive, self._source
         buffer = self._read_record(
             source.handle, source.stamp, archive.block, archive.entries, record, offset * itemsize, nbytes
         )
-        made = self._frombuffer(buffer, dtype=self._dtype(dtype))
-        return made if ndim == 1 else made.view(sizes)
+        middle = dims + ndim
+        sizes, strides = program.dims[dims:middle].tolist(), program.dims[middle : middle + ndim].tolist()
+        # In place, so that the result is no view of another tensor; half the cost of view().
+        return self._frombuffer(buffer, dtype=self.dtypes[dtype]).as_strided_(sizes, strides)
 
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]
@@ -110,8 +110,8 @@ class TensorReader:
             elif self._cache is not None:
                 made = self._view(self._cached_storage(row.storage), row, geometry)
             else:
-                extent = hull(geometry) * row.itemsize
-                storage = self._storage(row.storage, row.storage_offset * row.itemsize, extent, self._unit(row.dtype))
+                nbytes = row.extent * row.itemsize
+                storage = self._storage(row.storage, row.storage_offset * row.itemsize, nbytes, self._unit(row.dtype))
                 storage = self.place.storage(storage, self.table.program.locations[row.storage])
                 made = self._view(storage, row, geometry._replace(storage_offset=0))
             return self._finish(made, row)
@@ -148,23 +148,8 @@ class TensorReader:
 
     def _storages(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[Any]:
         """Many at once, in file order, on threads; each (storage, start, nbytes, unit of its elements)."""
-        table, archive, torch = self.table, self._archive, self.torch
-        allocate = archive.backend.allocate
-        jobs: list[tuple[int, int, int, int, int]] = []
-        buffers: list[Any] = []
-        for storage, start, nbytes, _ in wanted:
-            if not nbytes:
-                buffers.append(None)
-            elif table.is_direct(storage) or archive.is_stored(record := table.record(storage)):
-                record = table.direct[storage] if table.direct[storage] >= 0 else record  # type: ignore[operator,assignment]
-                jobs.append((record, start, nbytes, len(buffers), 0))
-                buffers.append(allocate(nbytes))
-            else:
-                buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
-        if jobs:
-            archive.read_into(jobs, [b if b is not None else b"" for b in buffers], self.threads)
-        made = []
-        for buffer, (_, _, nbytes, unit) in zip(buffers, wanted):
+        torch, made = self.torch, []
+        for buffer, (_, _, nbytes, unit) in zip(self._buffers([extent[:3] for extent in wanted]), wanted):
             if buffer is None:
                 made.append(torch.UntypedStorage(0, device="cpu"))
                 continue
@@ -175,20 +160,42 @@ class TensorReader:
             made.append(flat.untyped_storage())
         return made
 
+    def _buffers(self, wanted: Iterable[tuple[int, int, int]]) -> list[Any]:
+        """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
+        table, archive = self.table, self._archive
+        direct, allocate = table.direct, archive.backend.allocate
+        jobs: list[int] = []
+        buffers: list[Any] = []
+        for storage, start, nbytes in wanted:
+            record = direct[storage]
+            if not nbytes:
+                buffers.append(None)
+                continue
+            if record < 0:
+                record = table.record(storage)
+                if not archive.is_stored(record):
+                    buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
+                    continue
+            jobs += (record, start, nbytes, len(buffers), 0)
+            buffers.append(allocate(nbytes))
+        if jobs:
+            archive.read_into(jobs, [b"" if buffer is None else buffer for buffer in buffers], self.threads)
+        return buffers
+
     def _cached_storage(self, storage: int) -> Any:
         assert self._cache is not None
         made = self._cache.get(storage)
         if made is None:
-            unit = self._whole_unit(storage, range(self.table.program.tensor_count))
+            unit = self._whole_unit(storage)
             made = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
             made = self._cache.setdefault(storage, self.place.storage(made, self.table.program.locations[storage]))
         return made
 
-    def _whole_unit(self, storage: int, numbers: Iterable[int]) -> int:
+    def _whole_unit(self, storage: int) -> int:
         """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
         if not self.table.swapped:
             return 1
-        rows = (self.table.row(number) for number in numbers)
+        rows = (self.table.row(number) for number in range(self.table.program.tensor_count))
         return max((self._unit(row.dtype) for row in rows if row.storage == storage), default=1)
 
     def storage_value(self, storage: int, untyped: Any = None) -> Any:
@@ -257,16 +264,18 @@ class TensorReader:
         """Runs of a storage, one after the other, as an UntypedStorage."""
         table, itemsize = self.table, row.itemsize
         nbytes = run_numel * itemsize
-        if not table.is_direct(row.storage) or unit > 1:
+        if not self._archive.is_stored(table.record(row.storage)) or unit > 1:
             parts = self._storages([(row.storage, start * itemsize, nbytes, unit) for start in runs])
             joined = self.torch.empty(len(runs) * nbytes, dtype=self.torch.uint8, device="cpu")
             for i, part in enumerate(parts):
                 view = self.torch.empty(0, dtype=self.torch.uint8, device="cpu").set_(part, 0, (nbytes,), (1,))
                 joined[i * nbytes : (i + 1) * nbytes] = view
             return joined.untyped_storage()
-        record: Any = table.direct[row.storage]
+        record = table.record(row.storage)
         buffer = self._archive.backend.allocate(nbytes * len(runs))
-        jobs = [(record, start * itemsize, nbytes, 0, i * nbytes) for i, start in enumerate(runs)]
+        jobs = array("q")
+        for i, start in enumerate(runs):
+            jobs.extend((record, start * itemsize, nbytes, 0, i * nbytes))
         self._archive.read_into(jobs, [buffer], self.threads)
         return self.torch.frombuffer(buffer, dtype=self.torch.uint8).untyped_storage()
 
@@ -276,25 +285,62 @@ class TensorReader:
 
         As torch.load does it: all tensors of one storage key are views of one storage.
         """
-        table = self.table
-        rows = {number: table.row(number) for number in dict.fromkeys(numbers)}
         with self.torch.inference_mode(False):
+            if self._is_plain and not self.table.swapped:
+                return self._shared_plainly(dict.fromkeys(numbers), storages)
+            rows = {number: self.table.row(number) for number in dict.fromkeys(numbers)}
             if self.place.is_meta:
                 return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {})
             units: dict[int, set[int]] = collections.defaultdict(set)
-            uses: dict[int, int] = collections.Counter(storages)
             for row in rows.values():
                 units[row.storage].add(self._unit(row.dtype))
-                uses[row.storage] += 1
-            # In a file of foreign byte order, one storage under two element sizes has no whole form that is right for both.
+            # In a file of foreign byte order, one storage under two element sizes has no whole form that is right for
+            # both: such tensors are read one by one.
             mixed = {storage for storage, found in units.items() if len(found) > 1}
-            whole = self._read_whole([s for s in uses if s not in mixed or s in set(storages)], units)
+            whole = self._read_whole([*(s for s in units if s not in mixed), *storages], units)
             made = {}
             for number, row in rows.items():
                 if row.storage in mixed:
                     made[number] = self._tensor_slowly(number)
                 else:
-                    made[number] = self._finish(self._view(whole[row.storage], row, table.geometry(row)), row)
+                    made[number] = self._finish(self._view(whole[row.storage], row, self.table.geometry(row)), row)
+        return made, whole
+
+    def _shared_plainly(self, numbers: Iterable[int], storages: Iterable[int]) -> tuple[dict[int, Any], dict[int, Any]]:
+        """The same on the CPU and in this host's byte order: what thousands of small tensors go through."""
+        torch, table = self.torch, self.table
+        program, frombuffer, empty = table.program, torch.frombuffer, torch.empty
+        tensors, all_dims, unpack = program.tensors, program.dims, ROW.unpack_from
+        rows = [(number, unpack(tensors, number * ROW_NBYTES)) for number in numbers]
+        uses = collections.Counter(row[0] for _, row in rows)
+        uses.update(storages)
+        sizes = {storage: table.storage_nbytes(storage) for storage in uses}
+        buffers = dict(zip(uses, self._buffers((storage, 0, nbytes) for storage, nbytes in sizes.items())))
+        whole: dict[int, Any] = {}
+
+        def base(storage: int) -> Any:
+            made = whole.get(storage)
+            if made is None:
+                buffer = buffers[storage]
+                if buffer is None:
+                    made = torch.UntypedStorage(0, device="cpu")
+                else:
+                    made = frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+                whole[storage] = made
+            return made
+
+        for storage in storages:
+            base(storage)
+        made = {}
+        for number, row in rows:
+            storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = row
+            middle = dims + ndim
+            shape, strides = all_dims[dims:middle].tolist(), all_dims[middle : middle + ndim].tolist()
+            if uses[storage] == 1 and not offset and 0 < extent * itemsize == sizes[storage]:
+                tensor = frombuffer(buffers[storage], dtype=self._dtype(dtype)).as_strided_(shape, strides)
+            else:
+                tensor = empty(0, dtype=self._dtype(dtype), device="cpu").set_(base(storage), offset, shape, strides)
+            made[number] = self._finish(tensor, Row(*row)) if flags else tensor
         return made, whole
 
     def _read_whole(self, storages: Iterable[int], units: dict[int, set[int]]) -> dict[int, Any]:

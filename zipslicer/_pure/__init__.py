@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .directory import find_directory, parse_directory, parse_local_header
+from .directory import find_directory, find_records, parse_directory, parse_local_header
 from .extent import allocate, read_extents, read_record, read_records
 from .machine import scan_pickle
 
 __all__ = [
     "allocate",
     "find_directory",
+    "find_records",
     "name",
     "parse_directory",
     "parse_local_header",

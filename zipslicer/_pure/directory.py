@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Sequence
 
 from ..errors import ArchiveError
 
@@ -168,6 +169,14 @@ def parse_directory(block: bytes, count: int, offset: int, base: int) -> tuple[b
     for row in rows:
         entries.extend(row)
     return bytearray(entries.tobytes()), len(prefix)
+
+
+def find_records(block: bytes, entries: bytearray, prefix_nbytes: int, names: Sequence[str]) -> list[int]:
+    """See backend.Backend.find_records."""
+    rows = memoryview(entries).cast("q")
+    starts, sizes = rows[8::ENTRY_FIELDS].tolist(), rows[9::ENTRY_FIELDS].tolist()
+    index = {block[start + prefix_nbytes : start + n]: i for i, (start, n) in enumerate(zip(starts, sizes))}
+    return [index.get(name.encode("utf-8", "surrogatepass"), -1) for name in names]
 
 
 def _zip64(extra: bytes, nbytes: int, stored: int, header: int, where: int) -> tuple[int, int, int, bool]:

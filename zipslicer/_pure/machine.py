@@ -73,7 +73,7 @@ class Storage:
 class Tensor:
     """One dense row, already proved to lie inside its storage."""
 
-    __slots__ = ("dims", "dtype", "flags", "itemsize", "ndim", "offset", "storage", "storage_offset")
+    __slots__ = ("dims", "dtype", "extent", "flags", "itemsize", "ndim", "offset", "storage", "storage_offset")
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class Tensor:
         dims: list[int],
         flags: int,
         offset: int,
+        extent: int,
     ) -> None:
         self.storage = storage
         self.dtype = dtype
@@ -94,6 +95,7 @@ class Tensor:
         self.dims = dims
         self.flags = flags
         self.offset = offset
+        self.extent = extent
 
 
 class Dict:
@@ -278,8 +280,8 @@ class Machine:
                 raise ProgramError("a tensor of this dtype cannot require grad", offset=at)
             if count > fewest:
                 flags |= self.metadata(args[-1], traits, at)
-        self.check_geometry(storage, itemsize, storage_offset, sizes, strides, at)
-        return Tensor(storage, dtype, itemsize, storage_offset, len(sizes), sizes + strides, flags, at)
+        extent = self.check_geometry(storage, itemsize, storage_offset, sizes, strides, at)
+        return Tensor(storage, dtype, itemsize, storage_offset, len(sizes), sizes + strides, flags, at, extent)
 
     def integers(self, value: Any, at: int) -> list[int]:
         """A size or stride: a tuple, a list, or torch.Size(tuple)."""
@@ -318,7 +320,8 @@ class Machine:
     @staticmethod
     def check_geometry(
         storage: Storage, itemsize: int, storage_offset: int, sizes: list[int], strides: list[int], at: int
-    ) -> None:
+    ) -> int:
+        """Refuse a tensor that leaves its storage -> its extent in elements."""
         if storage_offset < 0 or any(n < 0 for n in sizes) or any(n < 0 for n in strides):
             raise TableError("a tensor has a negative storage_offset, size or stride", offset=at)
         numel, last, empty = 1, storage_offset, False
@@ -331,11 +334,14 @@ class Machine:
         # Compared once at the end, in integers that cannot wrap. The C++ side does the same in 128 bits, step by step.
         if numel > INT64_MAX or last > INT64_MAX:
             raise TableError("a tensor's extent passes 2**63 - 1 elements", offset=at)
-        if not empty and (last + 1) * itemsize > storage.nbytes:
+        if empty:
+            return 0
+        if (last + 1) * itemsize > storage.nbytes:
             raise TableError(
                 f"a tensor reaches to byte {(last + 1) * itemsize} of storage {storage.key!r}, which has {storage.nbytes}",
                 offset=at,
             )
+        return last - storage_offset + 1
 
     def check_key(self, key: Any, at: int) -> None:
         """What may be a dict key: whatever hashes in bounded time and cannot be made to collide at will."""
@@ -730,7 +736,7 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
             kind_add(TENSOR)
             number = ids.get(id(value))
             if number is None:
-                number = ids[id(value)] = len(tensors) // 8
+                number = ids[id(value)] = len(tensors) // 9
                 tensors.extend(
                     (
                         storage_id(value.storage),
@@ -741,6 +747,7 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
                         value.ndim,
                         value.flags,
                         value.offset,
+                        value.extent,
                     )
                 )
                 dims.extend(value.dims)
