@@ -323,8 +323,9 @@ def open_elsewhere(path: Path, row: dict[str, Any], **keywords: Any) -> None:
     with zipslicer.open(path, **keywords) as checkpoint:
         for p, name in names.items():
             check_elsewhere(row["tensors"][p], checkpoint.tensors, name)
-            if "location" in row:
-                assert checkpoint.tensors.get_meta(name).location == row["location"]
+            info = checkpoint.tensors.get_meta(name)
+            assert info is not None
+            assert info.location == row.get("location", "cpu")
         if row["loader"] in ("load", "placeholder"):
             assert set(names.values()) == set(checkpoint.tensors)
         if not any(facts["sha256"] is None for facts in row["tensors"].values()):

@@ -51,6 +51,7 @@ def test_every_tensor(member: str, path: Path) -> None:
     with zipslicer.open(path) as checkpoint:
         for name in checkpoint.tensors:
             info = checkpoint.tensors.get_meta(name)
+            assert info is not None
             identity = (info.storage_key, info.dtype_name, info.storage_offset, info.shape, info.strides)
             found.add(identity)
             tensor, content = wanted[identity]
@@ -66,6 +67,7 @@ def test_every_tensor(member: str, path: Path) -> None:
             assert names.keys() <= set(checkpoint.tensors)
             for name, tensor in names.items():
                 info = checkpoint.tensors.get_meta(name)
+                assert info is not None
                 assert (info.storage_key, info.storage_offset) == (tensor.storage.key, tensor.storage_offset)
                 assert info.shape == tensor.shape
 
