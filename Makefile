@@ -75,14 +75,14 @@ examples: $(VENV)/.installed
 	@$(VENV)/bin/python examples/example_resnet18.py
 
 # Bare pytest, never `python -m pytest`: that one puts the checkout first on the path and would test its files.
-# `cd /` for the same reason. Asking for native raises where there is none, so no run can pass on the wrong backend.
+# `cd /` for the same reason. A native module that is there and broken is tested, and fails; only a missing one is not.
 test: $(VENV)/.installed
 	@status=0; backends="native pure"; \
-	if ! (cd / && ZIPSLICER_BACKEND=native "$(CURDIR)/$(VENV)/bin/python" -c 'import zipslicer; zipslicer.backend()'); then \
+	if ! (cd / && "$(CURDIR)/$(VENV)/bin/python" -c 'import importlib.util as u; assert u.find_spec("zipslicer._native")' 2>/dev/null); then \
 	    if [ "$${ZIPSLICER_REQUIRE_NATIVE:-0}" = 1 ]; then \
-	        echo "no native backend here, and ZIPSLICER_REQUIRE_NATIVE=1 asks for one (make clean, then again?)"; exit 1; \
+	        echo "no native backend was built, and ZIPSLICER_REQUIRE_NATIVE=1 asks for one: rm $(VENV)/.installed, then again"; exit 1; \
 	    fi; \
-	    echo "== no native backend was built here (no C++ compiler?): the tests run on pure only"; backends="pure"; \
+	    echo "== no native backend was built (was there a C++ compiler?): the tests run on pure only"; backends="pure"; \
 	fi; \
 	for backend in $$backends; do \
 	    echo "== tests, backend $$backend"; \

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CACHE = Path(__file__).resolve().parent / ".cache"
+CACHE = (Path(__file__).parent / ".cache").resolve()
 
 StateDict = dict[str, torch.Tensor]
 
