@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 import zlib
 from array import array
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .archive import Archive
-from .backend import Backend, choose
+from .backend import choose
 from .errors import ArchiveError, ChangedError
 from .policy import Limits
 from .program import run_program
@@ -22,15 +21,12 @@ from .tensors import ReadOptions
 __all__ = ["Checkpoint", "backend", "load", "open"]
 
 
-@functools.cache
-def _backend() -> Backend:
-    """Chosen once, whole, when the first file is opened."""
-    return choose()
+_BACKEND = choose()  # once, whole, at import: a broken build shows at once, and opening a file loads no library
 
 
 def backend() -> str:
-    """What reads the files, "native" or "pure". ZIPSLICER_BACKEND chooses it before the first use."""
-    return _backend().name
+    """What reads the files, "native" or "pure". ZIPSLICER_BACKEND chooses it before the first import."""
+    return _BACKEND.name
 
 
 class Checkpoint:
@@ -171,7 +167,7 @@ def _view(
     window: tuple[int, int] | None,
 ) -> View:
     """The steps: source -> archive -> program -> table."""
-    archive = Archive(source, _backend(), limits, window)
+    archive = Archive(source, _BACKEND, limits, window)
     swapped = _is_swapped(archive)
     program = run_program(archive, limits, unknown=unknown, allow=allow)
     table = TensorTable(program, archive, swapped)

@@ -41,6 +41,7 @@ class View:
     ) -> None:
         self.table = table
         self.program = table.program
+        self.kinds, self.payloads = table.program.kinds, table.program.payloads
         self.options = options
         self.recipe = recipe  # how to open the file again, for pickling; None where there is no path
         self.held: dict[int, Any] = {}  # containers and placeholders by node
@@ -269,15 +270,13 @@ class LazyStateDict(MutableMapping[Any, Any]):
             position = self._slots[key]
         except KeyError:
             raise MissingKeyError(key, self._slots) from None
-        if position < 0:
-            return self._overlay[key]
         view = self._view
-        if view.program.kinds[position] == Kind.TENSOR:  # the hot path: one call less than touch
+        if position >= 0 and view.kinds[position] == Kind.TENSOR:  # the hot path: as few steps as there can be
             try:
-                return view.reader.tensor(view.program.payloads[position])
+                return (view._reader or view.reader).tensor(view.payloads[position])
             except ZipSlicerError as error:
                 raise error.located(path=view.table.archive.source.path, key=key) from None
-        return view.touch(position, key)
+        return self._overlay[key] if position < 0 else view.touch(position, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Overlay the file: nothing is written to it."""

@@ -195,13 +195,11 @@ class TensorTable:
                 f"the archive has no record 'data/{self.program.storage_keys[storage]}'", path=archive.source.path
             )
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
-        if not 0 <= has - wants < max(1, self.dtype(self.storage_dtype(storage)).itemsize):
+        if has != wants and not 0 < has - wants < self.dtype(self.storage_dtype(storage)).itemsize:
             raise TableError(
-                f"the record has {has} bytes, its storage {wants}",
-                record=archive.name(record),
-                path=archive.source.path,
+                f"the record has {has} bytes, its storage {wants}", record=archive.name(record), path=archive.source.path
             )
-        if archive.is_stored(record) and not self.swapped:
+        if not self.swapped and archive.is_stored(record):
             self.direct[storage] = record
         return record
 
