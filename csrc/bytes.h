@@ -39,12 +39,12 @@ struct Span {
   [[nodiscard]] Span part(std::size_t start, std::size_t n) const { return {data + start, n}; }
   [[nodiscard]] std::string_view text() const { return {reinterpret_cast<const char*>(data), size}; }
 
-  // Up to eight bytes from start on, in the host's order, zeros after the end: for hashing and comparing by words.
-  // REQUIRES: start < size.
+  // Eight bytes from start on, in the host's order; the last eight if fewer are left, and zeros after them if there are
+  // not that many at all. For hashing and comparing by words. REQUIRES: start < size.
   [[nodiscard]] std::uint64_t word(std::size_t start) const {
     std::uint64_t value = 0;
-    if (size - start >= sizeof value) {
-      std::memcpy(&value, data + start, sizeof value);
+    if (size >= sizeof value) {
+      std::memcpy(&value, data + (size - start >= sizeof value ? start : size - sizeof value), sizeof value);
     } else {
       std::memcpy(&value, data + start, size - start);
     }
@@ -69,7 +69,7 @@ class Cursor {
 
   Span take(std::uint64_t n) {
     if (n > left()) {
-      fail("truncated: " + std::to_string(n) + " bytes are declared and " + std::to_string(left()) + " are left");
+      truncated(n);
     }
     const Span taken = bytes_.part(at_, static_cast<std::size_t>(n));
     at_ += static_cast<std::size_t>(n);
@@ -95,6 +95,11 @@ class Cursor {
   std::uint64_t u64() { return little<std::uint64_t>(take(8).data); }
 
  private:
+  // Apart, so that take() is small enough to be inlined.
+  [[noreturn]] void truncated(std::uint64_t n) const {
+    fail("truncated: " + std::to_string(n) + " bytes are declared and " + std::to_string(left()) + " are left");
+  }
+
   // Assembled byte by byte: right on any host, and one load on a little-endian one.
   template <typename T>
   static T little(const unsigned char* p) {

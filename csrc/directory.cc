@@ -3,6 +3,7 @@
 #include "directory.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -244,21 +245,30 @@ bool equal_without_case(Span a, Span b) {
   return true;
 }
 
-// The names met so far, compared without case: torch looks names up so, and takes any of two.
+// The names met so far, compared without case: torch looks names up so, and takes any of two. Open addressing with four
+// bytes a slot: the pages of a larger table cost more, at the first touch, than the hashing does.
 class Names {
  public:
-  // `entries` may be filled as names are inserted.
-  Names(Span block, const Entry* entries, std::size_t count) : block_(block), entries_(entries), index_(count) {}
+  // `entries` may be filled as names are inserted, up to `count` of them.
+  Names(Span block, const Entry* entries, std::size_t count) : block_(block), entries_(entries) {
+    std::size_t slots = 16;
+    while (slots / 2 < count) {
+      slots *= 2;
+    }
+    slots_.resize(slots);
+  }
 
   // False if the name of entry `number` is there already.
-  bool insert(std::size_t number) {
+  bool insert(std::uint32_t number) {
     const Span name = name_of(number);
-    const std::uint64_t hash = siphash(name, process_sip_key(), lower);
-    const auto same = [&](std::size_t other) { return equal_without_case(name, name_of(other)); };
-    if (index_.find(hash, same) != HashIndex::kNotFound) {
-      return false;
+    const std::size_t mask = slots_.size() - 1;
+    auto at = static_cast<std::size_t>(siphash(name, process_sip_key(), lower)) & mask;
+    for (; slots_[at] != 0; at = (at + 1) & mask) {
+      if (equal_without_case(name, name_of(slots_[at] - 1))) {
+        return false;
+      }
     }
-    index_.add(hash, number);
+    slots_[at] = number + 1;
     return true;
   }
 
@@ -270,7 +280,7 @@ class Names {
 
   Span block_;
   const Entry* entries_;
-  HashIndex index_;
+  std::vector<std::uint32_t> slots_;  // number + 1; 0: free
 };
 
 // Reads one central header (4.3.12); the cursor is marked at it. Returns its name. Until set_limits, header_offset is
@@ -379,13 +389,15 @@ void set_limits(Entry* entries, std::size_t count, std::uint64_t directory) {
 std::size_t parse_directory(Span block, std::uint64_t count, std::uint64_t offset, std::uint64_t base, Entry* entries) {
   Cursor in(block, Blame::archive, offset);
   // An entry takes at least kCentralNbytes: a larger count ends in "truncated" below, before the room for entries does.
-  Names names(block, entries, static_cast<std::size_t>(std::min<std::uint64_t>(count, block.size / kCentralNbytes)));
+  const std::uint64_t most = std::min<std::uint64_t>(count, block.size / kCentralNbytes);
+  if (most >= std::numeric_limits<std::uint32_t>::max()) {
+    throw Error(Blame::unsupported, offset, "more than four billion records");
+  }
+  Names names(block, entries, static_cast<std::size_t>(most));
   Span root;
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::uint32_t i = 0; i < count; ++i) {
     in.mark();
-    Entry entry;
-    const Span name = parse_central(in, base, entry);
-    entries[i] = entry;
+    const Span name = parse_central(in, base, entries[i]);
     if (i == 0) {
       root = root_of(name, in.marked());
     }
@@ -430,6 +442,46 @@ void widen_local(Span extra, std::uint64_t& nbytes, std::uint64_t& stored) {
 }
 
 }  // namespace
+
+std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, std::size_t prefix_nbytes,
+                                       const std::vector<Span>& names) {
+  HashIndex index(names.size());
+  std::vector<std::int64_t> found(names.size(), -1);
+  std::vector<std::size_t> first(names.size());  // a name asked for twice is answered at its first place
+  const auto same_as = [&](Span name) {
+    return [&names, name](std::size_t n) { return names[n].text() == name.text(); };
+  };
+  std::size_t longest = 0;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    const std::uint64_t hash = siphash(names[i], process_sip_key());
+    first[i] = index.find(hash, same_as(names[i]));
+    if (first[i] == HashIndex::kNotFound) {
+      first[i] = i;
+      index.add(hash, i);
+    }
+    longest = std::max(longest, names[i].size);
+  }
+  for (std::size_t record = 0; record < count; ++record) {
+    const auto start = static_cast<std::uint64_t>(entries[record].name_start);
+    const auto nbytes = static_cast<std::uint64_t>(entries[record].name_nbytes);
+    if (start > block.size || nbytes > block.size - start || nbytes < prefix_nbytes) {
+      throw std::out_of_range("an entry that is not of this directory");
+    }
+    if (nbytes - prefix_nbytes > longest) {
+      continue;
+    }
+    const Span name =
+        block.part(static_cast<std::size_t>(start) + prefix_nbytes, static_cast<std::size_t>(nbytes) - prefix_nbytes);
+    const std::size_t number = index.find(siphash(name, process_sip_key()), same_as(name));
+    if (number != HashIndex::kNotFound) {
+      found[number] = static_cast<std::int64_t>(record);
+    }
+  }
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    found[i] = found[first[i]];
+  }
+  return found;
+}
 
 std::uint64_t local_header_nbytes(Span head) {
   if (head.size < kLocalNbytes) {

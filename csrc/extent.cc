@@ -112,7 +112,7 @@ std::uint64_t prove(Reader& reader, const Archive& archive, std::size_t record, 
 // REQUIRES of all functions here: what parse_directory writes. A caller that passes anything else gets an exception.
 const Entry& checked_entry(const Archive& archive, std::size_t record) {
   if (record >= archive.count) {
-    throw std::out_of_range("no record " + std::to_string(record) + ": the directory has " +
+    throw std::out_of_range("no record " + std::to_string(static_cast<std::int64_t>(record)) + ": the directory has " +
                             std::to_string(archive.count));
   }
   const Entry& entry = archive.entries[record];

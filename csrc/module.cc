@@ -34,18 +34,12 @@ std::string package;  // of zipslicer.errors; written once, by the import
 
 const char* class_of(Blame blame) {
   switch (blame) {
-    case Blame::archive:
-      return "ArchiveError";
-    case Blame::program:
-      return "ProgramError";
-    case Blame::table:
-      return "TableError";
-    case Blame::changed:
-      return "ChangedError";
-    case Blame::unsupported:
-      return "UnsupportedError";
-    case Blame::unsafe:
-      return "UnsafeError";
+    case Blame::archive: return "ArchiveError";
+    case Blame::program: return "ProgramError";
+    case Blame::table: return "TableError";
+    case Blame::changed: return "ChangedError";
+    case Blame::unsupported: return "UnsupportedError";
+    case Blame::unsafe: return "UnsafeError";
   }
   return "ZipSlicerError";
 }
@@ -444,6 +438,29 @@ std::uint64_t parse_local_header_of(const py::bytes& head, const py::bytes& bloc
   return parse_local_header(span_of(head), view.archive.block, view.archive.entries[record]);
 }
 
+py::list find_records_of(const py::bytes& block, const py::object& entries, std::size_t prefix_nbytes,
+                         const py::list& names) {
+  const ArchiveView view(block, entries);
+  std::vector<py::bytes> kept;  // what the spans point to
+  std::vector<Span> wanted;
+  kept.reserve(names.size());
+  wanted.reserve(names.size());
+  for (const py::handle& name : names) {
+    PyObject* const utf8 = PyUnicode_AsEncodedString(name.ptr(), "utf-8", "surrogatepass");
+    if (utf8 == nullptr) {
+      throw py::error_already_set();
+    }
+    kept.push_back(py::reinterpret_steal<py::bytes>(utf8));
+    wanted.push_back(span_of(kept.back()));
+  }
+  py::list found;
+  for (const std::int64_t record :
+       find_records(view.archive.block, view.archive.entries, view.archive.count, prefix_nbytes, wanted)) {
+    found.append(record);
+  }
+  return found;
+}
+
 // ---- the module ----
 
 PyMethodDef raw_functions[] = {
@@ -488,6 +505,8 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
              py::pos_only());
   module.def("parse_directory", &parse_directory_of, py::arg("block"), py::arg("count"), py::arg("offset"),
              py::arg("base"), py::pos_only());
+  module.def("find_records", &find_records_of, py::arg("block"), py::arg("entries"), py::arg("prefix_nbytes"),
+             py::arg("names"), py::pos_only());
   module.def("parse_local_header", &parse_local_header_of, py::arg("head"), py::arg("block"), py::arg("entries"),
              py::arg("record"), py::pos_only());
   module.def("scan_pickle", &scan_pickle_to_python, py::arg("program"), py::arg("actions"), py::arg("limits"),

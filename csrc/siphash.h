@@ -32,8 +32,8 @@ inline const SipKey& process_sip_key() {
   return key;
 }
 
-// SipHash-1-3 (one round a word, three at the end) of bytes whose words pass through `fold` first. A word is read in
-// the host's order and padded with zeros, and the length goes in last: the hash never leaves the process.
+// SipHash-1-3 (one round a word, three at the end) of bytes whose words pass through `fold` first. Words are
+// those of Span::word, and the length goes in last: the hash never leaves the process.
 template <typename Fold>
 std::uint64_t siphash(Span bytes, const SipKey& key, Fold fold) {
   std::uint64_t v0 = key.low ^ 0x736f6d6570736575, v1 = key.high ^ 0x646f72616e646f6d;
