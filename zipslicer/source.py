@@ -65,7 +65,7 @@ class LocalFile:
             if not stat.S_ISREG(facts.st_mode):
                 raise OSError(22, "is no regular file", self.path)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
         self.size = facts.st_size
         self.stamp = array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes()
