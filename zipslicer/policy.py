@@ -316,7 +316,7 @@ class Placeholder:
         return self
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Description:
     """What a file says of one placeholder.
 
@@ -343,6 +343,10 @@ class Description:
     def qualified(self) -> str:
         """``module.name``."""
         return f"{self.module}.{self.name}"
+
+    def __repr__(self) -> str:
+        # Within bounds, whatever the file says; the parts are there to be looked at one by one.
+        return f"Description({_quoted(self.qualified)!r})"
 
     def peek_args(self, count: int) -> list[Any]:
         """The first arguments, to show: nothing is read for it."""

@@ -183,6 +183,12 @@ class Program:
         """
         return Builder(self, leaf, special).build(root)
 
+    def build_node(self, node: int, leaf: Leaf, special: Special) -> Any:
+        """The same for a node."""
+        builder = Builder(self, leaf, special)
+        builder.build_node(node)
+        return builder.objects[node]
+
     def allowed(self, node: int) -> Any:
         """The user's own class for the callable of a CALL or OBJECT, or MISSING."""
         start, _ = self.span(node)
@@ -235,13 +241,19 @@ class Builder:
         self.seen: set[int] = set()
         self.waiting: list[int] = []
 
+    def adopt(self, node: int, made: Any) -> None:
+        """Let an object stand for a node, whatever the file has there."""
+        self.objects[node] = made
+        self.seen.add(node)
+
     def build(self, position: int) -> Any:
         """The object of the value at a position, with all that is below it."""
         if self.program.kinds[position] >= FIRST_NODE_KIND:
-            self._build_node(self.program.payloads[position])
+            self.build_node(self.program.payloads[position])
         return self.value(position)
 
-    def _build_node(self, root: int) -> None:
+    def build_node(self, root: int) -> None:
+        """Let the object of a node stand, with all that is below it."""
         program, kinds, payloads = self.program, self.program.kinds, self.program.payloads
         seen, count = self.seen, program.node_count
         todo = [root]  # a node: go into it; node + count: its arguments stand, now make it; ~node: fill it

@@ -11,16 +11,18 @@ import copy
 import difflib
 import fnmatch
 import html
+import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
-from .errors import CheckpointError, ZipSlicerError
-from .policy import NOT_PLAIN, Description, Meaning, Placeholder
-from .program import ARGS, KWARGS, MISSING, STATE
-from .table import Leaf, TensorInfo, TensorTable
+from .errors import CheckpointError, TableError, ZipSlicerError
+from .policy import NOT_PLAIN, Description, Meaning, Placeholder, construct
+from .program import ARGS, KWARGS, MISSING, STATE, Program
+from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
     from .tensors import ReadOptions, TensorReader
@@ -29,7 +31,13 @@ __all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View"]
 
 OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
+WIDTH = 100  # characters of one key or value in it
 GLOB = frozenset("*?[")
+LOOKED_AT, LOOKED_LIKE = (
+    20_000,
+    200,
+)  # keys, and characters of a key, in the search for near ones: its cost is quadratic
+PLAIN = (dict, list, tuple, set, bytearray)
 Patterns = Union[str, Iterable[str]]
 
 
@@ -45,7 +53,6 @@ class View:
         self.options = options
         self.recipe = recipe  # how to open the file again, for pickling; None where there is no path
         self.held: dict[int, Any] = {}  # containers and placeholders by node
-        self.is_edited = False
         self._reader: TensorReader | None = None
 
     @property
@@ -112,18 +119,98 @@ class View:
 
     def peek(self, position: int) -> Any:
         """A value to show: a TensorInfo in place of a tensor, and nothing read."""
+        info = self.meta(position)
+        return self.touch(position) if info is None else info
+
+    def shown(self, position: int) -> Any:
+        """The same for a repr, which never fails: the error in place of what the file has wrong."""
+        try:
+            return self.peek(position)
+        except ZipSlicerError as error:
+            return error
+
+    def meta(self, position: int) -> TensorInfo | None:
+        """What the file says of a value that is a tensor or storage; None for any other."""
         if self.program.kinds[position] == Kind.STORAGE:
             return self.table.storage_info(self.program.payloads[position])
         leaf = self.table.leaf(position)
-        return self.touch(position) if leaf is None else self.table.info(leaf)
+        return None if leaf is None else self.table.info(leaf)
+
+    def changed(self) -> dict[int, Any]:
+        """Held values of Python's own types that whoever touched them has changed since, by node."""
+        below = self.program.with_tensors()
+        found: dict[int, Any] = {}
+        for node, value in list(self.held.items()):
+            is_plain = isinstance(value, PLAIN) or type(value).__module__ == "numpy"
+            if is_plain and not below[node]:
+                fresh = self.program.build_node(node, _no_tensor, self.special)
+                if not _is_same(value, fresh):
+                    found[node] = value
+        return found
+
+    def edited(self) -> dict[int, LazyStateDict]:
+        """Held mappings that were assigned to, by node."""
+        held = list(self.held.items())
+        return {node: value for node, value in held if isinstance(value, LazyStateDict) and value._is_edited}
+
+    def materialized(self, positions: list[int], container: LazyStateDict | None = None) -> Callable[[int], Any]:
+        """What builds plain values out of one read: edits are in them, and sharing is as in the file.
+
+        `container`: the one that is asked, which stands for its node.
+        """
+        changed, edited = self.changed(), self.edited()
+        if container is not None and container._is_edited and container._position is not None:
+            edited[self.program.payloads[container._position]] = container
+        edited = {node: edited[node] for node in self._reached(positions, edited)}
+        instead: dict[int, list[int]] = {node: [] for node in changed}
+        instead.update((node, mapping._filed()) for node, mapping in edited.items())
+        builder = self.reader.builder(positions, instead)
+        copies: dict[int, Any] = {}
+        for node, value in changed.items():
+            builder.adopt(node, copy.deepcopy(value, copies))
+        for node, mapping in edited.items():
+            builder.adopt(node, mapping._empty())
+        for node, mapping in edited.items():
+            mapping._fill(builder.objects[node], builder.build)
+        return builder.build
+
+    def _reached(self, positions: Sequence[int], edited: dict[int, LazyStateDict]) -> Iterator[int]:
+        """Which of the edited mappings are below some positions, by way of each other as they are now."""
+        program = self.program
+        seen: set[int] = set()
+        todo: list[Sequence[int]] = [positions] if edited else []
+        while todo:
+            for position in todo.pop():
+                node = program.payloads[position]
+                if program.kinds[position] < FIRST_NODE_KIND or node in seen:
+                    continue
+                seen.add(node)
+                if node in edited:
+                    yield node
+                    todo.append(edited[node]._filed())
+                else:
+                    todo.append(range(*program.span(node)))
 
     def close(self) -> None:
         self.table.archive.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """By path, with the edits of nested containers."""
         if self.recipe is None:
             raise TypeError("a checkpoint that was opened from bytes or a file object has no path to be pickled by")
-        return self.recipe
+        edits = {**self.changed(), **self.edited()}
+        return (*self.recipe, edits) if edits else self.recipe
+
+    def __setstate__(self, edits: dict[int, Any]) -> None:
+        self.held.update(edits)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+        """The same open file, with edits of its own."""
+        made = memo[id(self)] = View(self.table, self.options, self.recipe)
+        made._reader = self._reader
+        for node, value in {**self.changed(), **self.edited()}.items():
+            made.held[node] = copy.deepcopy(value, memo)
+        return made
 
 
 def _no_tensor(_kind: int, _payload: int) -> Any:
@@ -200,7 +287,9 @@ class Touched(Mapping[Any, Any]):
         return len(self._positions)
 
     def __repr__(self) -> str:
-        return f"{{{', '.join(f'{k!r}: {self._view.peek(p)!r}' for k, p in self._positions.items())}}}"
+        parts = [f"{_summary(k)}: {_summary(self._view.shown(p))}" for k, p in list(self._positions.items())[:SHOWN]]
+        parts += [f"... {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return _printable(f"{{{', '.join(parts)}}}")
 
 
 class MissingKeyError(KeyError):
@@ -212,8 +301,10 @@ class MissingKeyError(KeyError):
 
     def __str__(self) -> str:
         key = self.args[0]
-        names = [k for k in self._keys if isinstance(k, str)]
-        near = difflib.get_close_matches(key, names, 3) if isinstance(key, str) else []
+        if not isinstance(key, str) or len(key) > LOOKED_LIKE:
+            return f"{_summary(key)} is not in this checkpoint"
+        names = [k for k in itertools.islice(self._keys, LOOKED_AT) if isinstance(k, str) and len(k) <= LOOKED_LIKE]
+        near = difflib.get_close_matches(key, names, 3)
         return f"{key!r} is not in this checkpoint" + (f"; near it: {', '.join(map(repr, near))}" if near else "")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,13 +322,14 @@ class LazyStateDict(MutableMapping[Any, Any]):
     It is no dict: code that insists on one takes `materialize()`.
     """
 
-    __slots__ = ("__weakref__", "_overlay", "_own_metadata", "_position", "_slots", "_view")
+    __slots__ = ("__weakref__", "_is_edited", "_overlay", "_own_metadata", "_position", "_slots", "_view")
 
     _view: View
     _position: int | None  # of the node this was made from; None for a selection
     _slots: dict[Any, int]  # key -> position, or OVERLAID
     _overlay: dict[Any, Any]
     _own_metadata: Any
+    _is_edited: bool
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         raise TypeError(
@@ -258,6 +350,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         self._view, self._position, self._slots = view, position, slots
         self._overlay = {} if overlay is None else overlay
         self._own_metadata = metadata
+        self._is_edited = False
         return self
 
     # ---------------------------------------------------------------- the mapping
@@ -282,14 +375,14 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """Overlay the file: nothing is written to it."""
         self._slots[key] = OVERLAID
         self._overlay[key] = value
-        self._view.is_edited = True
+        self._is_edited = True
 
     def __delitem__(self, key: Any) -> None:
         if key not in self._slots:
             raise MissingKeyError(key, self._slots)
         del self._slots[key]
         self._overlay.pop(key, None)
-        self._view.is_edited = True
+        self._is_edited = True
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._slots)
@@ -313,7 +406,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
     def clear(self) -> None:
         self._slots.clear()
         self._overlay.clear()
-        self._view.is_edited = True
+        self._is_edited = True
 
     def __eq__(self, other: object) -> bool:
         """Whether two have the same keys and the same tensors, by metadata and file; values are not read."""
@@ -331,14 +424,29 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def copy(self) -> LazyStateDict:
         """A shallow copy: keys and overlay are its own, nested containers and the file are shared."""
-        return LazyStateDict._of(self._view, self._position, dict(self._slots), dict(self._overlay), self._own_metadata)
+        made = LazyStateDict._of(self._view, self._position, dict(self._slots), dict(self._overlay), self._own_metadata)
+        made._is_edited = self._is_edited
+        return made
 
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyStateDict:
-        made = self.copy()
+        """Keys, overlay and nested containers are its own; the file is shared."""
+        view = copy.deepcopy(self._view, memo)
+        if id(self) in memo:  # made on the way, as one that the view holds
+            return cast("LazyStateDict", memo[id(self)])
+        made = memo[id(self)] = self.copy()
+        made._view = view
+        if self._position is not None and self._is_held():
+            view.held[view.program.payloads[self._position]] = made
         made._overlay = copy.deepcopy(self._overlay, memo)
+        made._own_metadata = copy.deepcopy(self._own_metadata, memo) if self._own_metadata is not MISSING else MISSING
         return made
+
+    def _is_held(self) -> bool:
+        """Whether this is what the view holds for a node of the file, and no copy or selection."""
+        view, position = self._view, self._position
+        return position is not None and view.held.get(view.program.payloads[position]) is self
 
     @property
     def _metadata(self) -> Any:
@@ -355,6 +463,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
     @_metadata.setter
     def _metadata(self, value: Any) -> None:
         self._own_metadata = value
+        self._is_edited = True
 
     # ---------------------------------------------------------------- facts, without reading
     def get_meta(self, key: Any) -> TensorInfo | None:
@@ -365,10 +474,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if position < 0:
             value = self._overlay[key]
             return _info_of(value) if hasattr(value, "untyped_storage") else None
-        if self._view.program.kinds[position] == Kind.STORAGE:
-            return self._view.table.storage_info(self._view.program.payloads[position])
-        leaf = self._view.table.leaf(position)
-        return None if leaf is None else self._view.table.info(leaf)
+        return self._view.meta(position)
 
     def _require_meta(self, key: Any) -> TensorInfo:
         info = self.get_meta(key)
@@ -411,7 +517,9 @@ class LazyStateDict(MutableMapping[Any, Any]):
         wanted = list(keys)
         for key in wanted:
             self._require_meta(key)
-        return self._materialized(wanted)
+        filed = [position for key in wanted if (position := self._slots[key]) >= 0]
+        built = dict(zip(filed, self._built(filed)))
+        return {key: built[p] if (p := self._slots[key]) >= 0 else self._overlay[key] for key in wanted}
 
     def get_slice(self, key: Any) -> LazySlice:
         """A handle that reads the part that it is indexed with: sd.get_slice("w")[10:20, ::2]. Raises: KeyError, TypeError."""
@@ -429,23 +537,52 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
         An OrderedDict where the file has one, with its `_metadata`. Edits and nested edits are in it.
         """
-        position = self._position
-        if position is not None and not self._view.is_edited:
-            return cast("dict[Any, Any]", self._built([position])[0])
-        made: dict[Any, Any] = self._materialized(list(self._slots))
-        if position is not None and self._view.program.kinds[position] == Kind.ORDERED_DICT:
-            made = collections.OrderedDict(made)
-        if self._metadata is not None:
-            made = collections.OrderedDict(made)
-            made._metadata = self._metadata  # type: ignore[attr-defined]
+        if self._position is not None:
+            return cast("dict[Any, Any]", self._built([self._position])[0])
+        made = self._empty()
+        self._fill(made, dict(zip(filed := self._filed(), self._built(filed))).__getitem__)
         return made
 
     def _built(self, positions: list[int]) -> list[Any]:
+        """Plain values, out of one read."""
         try:
-            builder = self._view.reader.builder(positions)
-            return [builder.build(position) for position in positions]
+            build = self._view.materialized(positions, self)
+            return [build(position) for position in positions]
         except ZipSlicerError as error:
             raise error.located(path=self.path, key=self._key_of_record(error)) from None
+
+    def _filed(self) -> list[int]:
+        """The positions of the values that come from the file, those of containers among the user's own values too."""
+        found = [position for position in self._slots.values() if position >= 0]
+        return found + [value._position for value in self._overlay.values() if self._is_part(value)]
+
+    def _is_part(self, value: Any) -> bool:
+        """Whether a value of the user's own is a container of this file, as the file or the view has it."""
+        if isinstance(value, LazySequence):
+            return value._view is self._view and value._position is not None
+        return isinstance(value, LazyStateDict) and value._view is self._view and value._is_held()
+
+    def _empty(self) -> dict[Any, Any]:
+        """A plain mapping of the class that the file has."""
+        program, position = self._view.program, self._position
+        node = -1 if position is None else program.payloads[position]
+        if self._metadata is not None or (node >= 0 and program.kind(node) == Kind.ORDERED_DICT):
+            return collections.OrderedDict()
+        if node >= 0 and program.kind(node) == Kind.CALL:
+            args = program.build(program.span(node)[0] + ARGS, lambda *_: None, self._view.special)
+            made = construct(Meaning.DEFAULTDICT, args)
+            return made if isinstance(made, dict) else {}
+        return {}
+
+    def _fill(self, made: dict[Any, Any], build: Callable[[int], Any]) -> None:
+        for key, position in self._slots.items():
+            if position >= 0:
+                made[key] = build(position)
+            else:
+                value = self._overlay[key]
+                made[key] = build(value._position) if self._is_part(value) else _materialize(value)
+        if self._metadata is not None:
+            made._metadata = self._metadata  # type: ignore[attr-defined]
 
     def _key_of_record(self, error: ZipSlicerError) -> Any:
         """Which key an error about a record is about."""
@@ -457,25 +594,6 @@ class LazyStateDict(MutableMapping[Any, Any]):
             if info is not None and error.record.endswith(f"/data/{info.storage_key}"):
                 return key
         return None
-
-    def _materialized(self, keys: list[Any]) -> dict[Any, Any]:
-        """Plain values of some keys, out of one read."""
-        program, held = self._view.program, self._view.held
-        positions = [p for p in (self._slots[key] for key in keys) if p >= 0]
-        # A nested container that the user may have edited gives its own account of itself.
-        lazy = {p for p in positions if isinstance(held.get(_node(program, p)), (LazyStateDict, LazySequence))}
-        plain = [p for p in positions if p not in lazy]
-        built = dict(zip(plain, self._built(plain))) if plain else {}
-        made = {}
-        for key in keys:
-            position = self._slots[key]
-            if position < 0:
-                made[key] = _materialize(self._overlay[key])
-            elif position in lazy:
-                made[key] = held[program.payloads[position]].materialize()
-            else:
-                made[key] = built[position]
-        return made
 
     # ---------------------------------------------------------------- other names for the same tensors
     def select(self, *patterns: Patterns) -> LazyStateDict:
@@ -499,10 +617,14 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
 
     def flatten(self, separator: str = ".") -> LazyStateDict:
-        """Every tensor of this mapping and of those nested in it, by its path; reads nothing. Other values are left out."""
+        """Every tensor of this mapping and of those nested in it, by its path; reads nothing. Other values are left out.
+
+        Raises: ValueError if two would get one path; another separator tells them apart.
+        """
         slots: dict[Any, int] = {}
         overlay: dict[Any, Any] = {}
-        table = self._view.table
+        view, table = self._view, self._view.table
+        room = name_room(self._view.program)
         seen: set[int] = set()
         todo: list[tuple[str, Any]] = [("", self)]
         while todo:
@@ -510,21 +632,27 @@ class LazyStateDict(MutableMapping[Any, Any]):
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            deeper: list[tuple[str, Any]] = []
+            deeper = []
             for key, position, child in _entries(value):
                 name = f"{prefix}{key}"
-                if position >= 0 and table.is_tensor(position):
+                if position >= 0:
+                    room -= len(name)
+                    if room < 0:
+                        raise TableError(TOO_LONG, path=self.path)
+                    is_tensor = table.is_tensor(position)
+                    child = view.touch(position) if not is_tensor and _is_node(view.program, position) else None
+                else:
+                    is_tensor = hasattr(child, "untyped_storage")
+                    position = OVERLAID
+                if is_tensor:
+                    if name in slots:
+                        raise ValueError(f"two tensors would be called {name!r}; another separator tells them apart")
                     slots[name] = position
-                elif position >= 0:
-                    touched = (
-                        self._view.touch(position) if self._view.program.kinds[position] >= FIRST_NODE_KIND else None
-                    )
-                    if isinstance(touched, (LazyStateDict, LazySequence)):
-                        deeper.append((name + separator, touched))
-                elif hasattr(child, "untyped_storage"):
-                    slots[name] = OVERLAID
-                    overlay[name] = child
-                elif isinstance(child, (Mapping, list, tuple, LazySequence)):
+                    if position < 0:
+                        overlay[name] = child
+                elif isinstance(child, (LazyStateDict, LazySequence)) or (
+                    position < 0 and isinstance(child, (Mapping, list, tuple))
+                ):
                     deeper.append((name + separator, child))
             todo.extend(reversed(deeper))
         return LazyStateDict._of(self._view, None, slots, overlay, None)
@@ -550,7 +678,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             raise ValueError(f"two keys would be called {twice!r}")
         self._slots = {new[key]: position for key, position in self._slots.items()}
         self._overlay = {new[key]: value for key, value in self._overlay.items()}
-        self._view.is_edited = True
+        self._is_edited = True
         return self
 
     # ---------------------------------------------------------------- lifetime
@@ -566,21 +694,23 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         _refuse_torch_save("LazyStateDict")
-        return _restored, (self._view, self._position, self._slots, self._overlay, self._metadata)
+        return _restored, (self._view, self._position, self._slots, self._overlay, self._metadata, self._is_edited)
 
     # ---------------------------------------------------------------- looks
     def _rows(self) -> list[tuple[str, str, str, str]]:
         """(key, dtype, shape, size) to show, of the first keys."""
         rows = []
-        for key in list(self._slots)[:SHOWN]:
-            name = key if isinstance(key, str) else repr(key)
-            info = self.get_meta(key)
-            if info is not None:
-                rows.append((name, info.dtype_name, str(list(info.shape)), _size(info.nbytes)))
-                continue
-            position = self._slots[key]
-            value = self._overlay[key] if position < 0 else self._view.peek(position)
-            rows.append((name, type(value).__name__, _summary(value), ""))
+        for key, position in itertools.islice(self._slots.items(), SHOWN):
+            if position < 0:
+                value = self._overlay[key]
+                value = _info_of(value) if hasattr(value, "untyped_storage") else value
+            else:
+                value = self._view.shown(position)
+            if isinstance(value, TensorInfo):
+                facts = value.dtype_name, str(list(value.shape)), _size(value.nbytes)
+            else:
+                facts = type(value).__name__, _summary(value), ""
+            rows.append((_summary(key, quoted=False), *facts))
         return [(_printable(name), dtype, _printable(shape), size) for name, dtype, shape, size in rows]
 
     def _title(self) -> str:
@@ -640,18 +770,23 @@ class LazySequence(Sequence[Any]):
 
     def get_meta(self, place: int) -> TensorInfo | None:
         """What the file says of the tensor at a place; None for another value."""
-        leaf = self._view.table.leaf(self._places[place])
-        return None if leaf is None else self._view.table.info(leaf)
+        return self._view.meta(self._places[place])
 
     def materialize(self) -> Any:
         """The plain list or tuple, all its tensors read in parallel."""
-        if self._position is not None and not self._view.is_edited:
-            return self._view.reader.builder([self._position]).build(self._position)
-        values = [_materialize(value) for value in self]
-        return tuple(values) if self._is_tuple() else values
+        try:
+            if self._position is not None:
+                return self._view.materialized([self._position])(self._position)
+            build = self._view.materialized(list(self._places))
+            return [build(position) for position in self._places]
+        except ZipSlicerError as error:
+            raise error.located(path=self._view.table.archive.source.path) from None
 
-    def _is_tuple(self) -> bool:
-        return self._position is not None and self._view.program.kinds[self._position] == Kind.TUPLE
+    def __copy__(self) -> LazySequence:
+        return LazySequence(self._view, self._position, self._places)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazySequence:
+        return LazySequence(copy.deepcopy(self._view, memo), self._position, self._places)
 
     def close(self) -> None:
         """Close the file."""
@@ -677,7 +812,7 @@ class LazySequence(Sequence[Any]):
     def __repr__(self) -> str:
         shown = []
         for position in self._places[:SHOWN]:
-            value = self._view.peek(position)
+            value = self._view.shown(position)
             shown.append(repr(value) if isinstance(value, TensorInfo) else _summary(value))
         if len(self) > SHOWN:
             shown.append(f"... {len(self) - SHOWN} more")
@@ -736,11 +871,11 @@ class LazySlice:
 
 
 def _restored(
-    view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], metadata: Any
+    view: View, position: int | None, slots: dict[Any, int], overlay: dict[Any, Any], metadata: Any, is_edited: bool
 ) -> LazyStateDict:
-    if overlay:
-        view.is_edited = True
-    return LazyStateDict._of(view, position, slots, overlay, metadata)
+    made = LazyStateDict._of(view, position, slots, overlay, metadata)
+    made._is_edited = is_edited
+    return made
 
 
 def _refuse_torch_save(name: str) -> None:
@@ -752,12 +887,40 @@ def _refuse_torch_save(name: str) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _node(program: Any, position: int) -> int:
-    return program.payloads[position] if program.kinds[position] >= FIRST_NODE_KIND else -1
-
-
 def _materialize(value: Any) -> Any:
     return value.materialize() if isinstance(value, (LazyStateDict, LazySequence)) else value
+
+
+def _is_node(program: Program, position: int) -> bool:
+    return program.kinds[position] >= FIRST_NODE_KIND
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values that the same part of a file has made are still alike. Placeholders cannot change."""
+    todo = [(one, other)]
+    seen: set[int] = set()
+    while todo:
+        a, b = todo.pop()
+        if a is b or id(a) in seen:
+            continue
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, (dict, list, tuple)):
+            seen.add(id(a))
+            if len(a) != len(b):
+                return False
+            todo += zip(a, b)
+            if isinstance(a, dict):
+                todo += zip(a.values(), b.values())
+        elif type(a).__module__ == "numpy":
+            if str(a.dtype) != str(b.dtype) or a.shape != b.shape or a.tobytes() != b.tobytes():
+                return False
+        elif isinstance(a, (set, frozenset)):
+            if len(a) != len(b) or {k for k in a if not isinstance(k, Placeholder)} - b:
+                return False
+        elif type(a) is not Placeholder and a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+            return False
+    return True
 
 
 def _entries(value: Any) -> Iterator[tuple[Any, int, Any]]:
@@ -822,12 +985,31 @@ def _size(nbytes: int) -> str:
     return f"{size:.3g} TB"
 
 
-def _summary(value: Any) -> str:
-    """A value in one short line."""
-    if isinstance(value, (LazyStateDict, LazySequence, Mapping, list, tuple, set, frozenset)):
+def _summary(value: Any, *, quoted: bool = True) -> str:
+    """A value in one short line, whatever its size."""
+    if isinstance(value, (LazyStateDict, LazySequence, Mapping, list, set, frozenset)):
         return f"{type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if type(value) is tuple:
+        text = f"({', '.join(map(repr, value))})" if _is_small(value) else f"tuple of {len(value)}"
+    elif isinstance(value, (str, bytes, bytearray)):
+        text = value[: WIDTH + 1] if isinstance(value, str) and not quoted else repr(value[:WIDTH])
+    else:
+        try:
+            text = repr(value)
+        except ValueError:  # Python prints no integer of more than 4300 digits
+            text = f"<large {type(value).__name__}>"
+    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def _is_small(values: tuple[Any, ...]) -> bool:
+    """Whether the text of a tuple is short enough to be made and cut."""
+    plain = all(v is None or isinstance(v, (bool, float, Placeholder)) or type(v) in (str, int) for v in values)
+    return (
+        plain
+        and len(values) <= 8
+        and all(not isinstance(v, str) or len(v) <= WIDTH for v in values)
+        and all(type(v) is not int or abs(v) < 1 << 64 for v in values)
+    )
 
 
 def _printable(text: str) -> str:

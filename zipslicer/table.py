@@ -23,6 +23,7 @@ ROW = struct.Struct(f"={TENSOR_FIELDS}q")
 ROW_NBYTES = ROW.size
 UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
 NAME_ROOM = 256  # characters of names for each value of the file; flat state dicts have two values a tensor
+TOO_LONG = "the names of the tensors are far longer than the file: long keys are nested over and over"
 TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
 
 Step = tuple[str, Any]  # ("key", k), ("index", i), ("attribute", name) or ("part", name)
@@ -197,7 +198,9 @@ class TensorTable:
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
         if has != wants and not 0 < has - wants < self.dtype(self.storage_dtype(storage)).itemsize:
             raise TableError(
-                f"the record has {has} bytes, its storage {wants}", record=archive.name(record), path=archive.source.path
+                f"the record has {has} bytes, its storage {wants}",
+                record=archive.name(record),
+                path=archive.source.path,
             )
         if not self.swapped and archive.is_stored(record):
             self.direct[storage] = record
@@ -316,17 +319,14 @@ class TensorTable:
         """
         program = self.program
         seen: set[int] = set()
-        room = NAME_ROOM * (4096 + len(program.kinds))
+        room = name_room(program)
         todo: list[tuple[int, Any, int]] = [(root, None, 0)]
         while todo:
             position, path, size = todo.pop()
             if wanted(position):
                 room -= size
                 if room < 0:
-                    raise TableError(
-                        "the names of the tensors are far longer than the file: long keys are nested over and over",
-                        path=self.archive.source.path,
-                    )
+                    raise TableError(TOO_LONG, path=self.archive.source.path)
                 yield position, _spelled(path)
             if program.kinds[position] < FIRST_NODE_KIND:
                 continue
@@ -423,10 +423,16 @@ class TensorTable:
         """Whether a tuple's text is no longer than a name should be."""
         program = self.program
         children = range(*program.span(program.payloads[position]))
-        texts = {Kind.STR: program.strings, Kind.BYTES: program.blobs}
-        return (
-            sum(len(texts[program.kinds[p]][program.payloads[p]]) for p in children if program.kinds[p] in texts) < 1000
-        )
+        size = 0
+        for p in children:
+            if program.kinds[p] in (Kind.STR, Kind.BYTES):
+                size += len(program.scalar(p))
+        return size < 1000
+
+
+def name_room(program: Program) -> int:
+    """How many characters the paths of all tensors may have together."""
+    return NAME_ROOM * (4096 + len(program.kinds))
 
 
 def _named(found: Iterator[tuple[int, tuple[Step, ...]]]) -> dict[str, int]:

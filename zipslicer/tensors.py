@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value
@@ -353,9 +353,12 @@ class TensorReader:
         locations = table.program.locations
         return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}
 
-    def builder(self, positions: Sequence[int]) -> Builder:
-        """Builds these values as torch.load would return them, out of tensors that are all read here, in parallel."""
-        numbers, storages = _below(self.table, positions)
+    def builder(self, positions: Sequence[int], instead: Mapping[int, Sequence[int]] | None = None) -> Builder:
+        """Builds these values as torch.load would return them, out of tensors that are all read here, in parallel.
+
+        `instead`: by node, the positions that are now below it in place of those in the file.
+        """
+        numbers, storages = _below(self.table, positions, instead or {})
         tensors, whole = self.shared(numbers, storages)
 
         def leaf(kind: int, payload: int) -> Any:
@@ -411,11 +414,13 @@ def _with_attributes(torch: Any, made: Any, state: Any) -> Any:
     return made
 
 
-def _below(table: TensorTable, positions: Sequence[int]) -> tuple[list[int], list[int]]:
+def _below(
+    table: TensorTable, positions: Sequence[int], instead: Mapping[int, Sequence[int]]
+) -> tuple[list[int], list[int]]:
     """The rows and storages that values reach."""
     program = table.program
     kinds, payloads = program.kinds, program.payloads
-    if positions[:1] == [0]:  # the root: all of them
+    if positions[:1] == [0] and not instead:  # the root: all of them
         return list(range(program.tensor_count)), [payloads[i] for i in _find(kinds, Kind.STORAGE)]
     numbers: list[int] = []
     storages: list[int] = []
@@ -430,7 +435,7 @@ def _below(table: TensorTable, positions: Sequence[int]) -> tuple[list[int], lis
                 storages.append(payload)
             elif kind >= FIRST_NODE_KIND and payload not in seen:
                 seen.add(payload)
-                runs.append(range(*program.span(payload)))
+                runs.append(instead[payload] if payload in instead else range(*program.span(payload)))
     return numbers, storages
 
 
