@@ -430,6 +430,10 @@ class Pickle:
     def stop(self) -> bytes:
         return bytes(self._bytes + b".")
 
+    def body(self) -> bytes:
+        """What was written after PROTO: a piece of another pickle."""
+        return bytes(self._bytes[2:])
+
 
 def opcode_offset(program: bytes, opcode: str, which: int = 0) -> int:
     """Where the which-th opcode of that name (as pickletools has it) stands in a pickle that ends with STOP."""

@@ -1,0 +1,304 @@
+"""Native against pure: the same result, or the same class of error at the same byte, whatever the bytes are."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+import strategies
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+
+from zipslicer import _pure, policy
+from zipslicer.backend import ENTRY_FIELDS, JOB_FIELDS, Entry
+from zipslicer.errors import ZipSlicerError
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    if importlib.util.find_spec("zipslicer._native") is None:
+        if os.environ.get("ZIPSLICER_REQUIRE_NATIVE") == "1":
+            pytest.fail("ZIPSLICER_REQUIRE_NATIVE=1, and zipslicer._native was not built")
+        pytest.skip("zipslicer._native was not built: there is nothing to compare the pure backend with")
+    return importlib.import_module("zipslicer._native")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file that every example writes anew."""
+    return tmp_path_factory.mktemp("differential") / "archive"
+
+
+def outcome(act: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """What came, or what was raised and where. An error that no caller is told of is a failure."""
+    try:
+        return ("came", plain(act(*arguments)))
+    except ZipSlicerError as error:
+        return (type(error), error.offset, getattr(error, "global_name", None))
+    except OSError as error:
+        return (type(error), error.errno)
+
+
+def plain(value: Any) -> Any:
+    """Buffers as bytes, so that one may be a bytearray and the other a memoryview."""
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
+def compare(native: Any, function: str, *arguments: Any) -> tuple[Any, ...]:
+    """Call one function of both backends, and pass on what both gave. A bytearray is copied for each."""
+    ours, theirs = (
+        outcome(getattr(backend, function), *(bytearray(a) if isinstance(a, bytearray) else a for a in arguments))
+        for backend in (_pure, native)
+    )
+    assert theirs == ours, f"{function}: native (left) is not what pure is (right)"
+    return ours
+
+
+def told(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Count what was compared, for --hypothesis-show-statistics."""
+    event(result[0] if result[0] == "came" else result[0].__name__)
+    return result
+
+
+def test_the_same_functions(native: Any) -> None:
+    assert native.name == "native"
+    assert _pure.name == "pure"
+    for function in _pure.__all__:
+        assert hasattr(native, function)
+
+
+# --- scan_pickle ------------------------------------------------------------------------------------------------------
+
+
+FULL_LIMITS = (1000, 64, 1 << 16, 1 << 16, 4096, False)
+
+
+def scan(native: Any, program: bytes, limits: Sequence[int]) -> tuple[Any, ...]:
+    return compare(native, "scan_pickle", program, policy.actions(), limits)
+
+
+@given(program=strategies.damaged(strategies.programs()), limits=strategies.LIMITS)
+def test_programs(native: Any, program: bytes, limits: Sequence[int]) -> None:
+    told(scan(native, program, limits))
+
+
+@given(program=strategies.OPCODE_SOUP, limits=strategies.LIMITS)
+@example(program=b"\x95" + b"\xff" * 8, limits=FULL_LIMITS)
+@example(program=b"\x8b\xff\xff\xff\xff.", limits=FULL_LIMITS)
+@example(program=b"]2\x85" * 2000 + b".", limits=FULL_LIMITS)
+@example(program=b"".join([b"]" * 1001, b"a" * 1000, b"."]), limits=FULL_LIMITS)
+def test_opcodes(native: Any, program: bytes, limits: Sequence[int]) -> None:
+    told(scan(native, program, limits))
+
+
+def test_each_opcode(native: Any) -> None:
+    """Every byte as an opcode: on nothing, a value, a pair, a mark; with an operand, and cut short."""
+    for before in (
+        b"",
+        b"N",
+        b"NN",
+        b"NNN",
+        b"(",
+        b"(N",
+        b"]N",
+        b"}NN",
+        b"](",
+        b"}(",
+        b"X\1\0\0\0a",
+        b"c\n\n)",
+        b"c\n\n}",
+    ):
+        for after in (b"", b".", b"\0", b"\1a.", b"\1\0\0\0.", b"\0" * 8 + b".", b"1\n.", b"1\n1\n.", b"\xff" * 9):
+            for opcode in range(256):
+                scan(native, before + bytes([opcode]) + after, FULL_LIMITS)
+
+
+# --- find_directory, parse_directory, find_records, parse_local_header ---------------------------------------------------
+
+BASES = st.sampled_from([0, 0, 7, 1 << 33, 1 << 62])
+
+
+@given(drawn=strategies.archives(), base=BASES, data=st.data())
+def test_directories(native: Any, drawn: strategies.Drawn, base: int, data: st.DataObject) -> None:
+    """Every function that takes bytes, one after the other, each on what the one before gave."""
+    content = drawn.data
+    start = data.draw(st.sampled_from([0, 0, 0, min(len(content), drawn.written.directory_offset)]))
+    found = told(compare(native, "find_directory", content[start:], base + start, base))
+    if found[0] != "came":
+        return
+    offset, nbytes, count = found[1]
+    block = content[offset - base : offset - base + nbytes]
+    if data.draw(st.integers(0, 4)) == 0:
+        block = strategies.spoil(block, data.draw(strategies.MUTATIONS))
+        count = max(0, count + data.draw(st.integers(-1, 1)))
+    parsed = told(compare(native, "parse_directory", block, count, offset, base))
+    if parsed[0] != "came":
+        return
+    entries, prefix_nbytes = parsed[1]
+    names = [*strategies.RECORD_NAMES, "none", "\ud800", data.draw(st.text(max_size=3))]
+    compare(native, "find_records", block, bytearray(entries), prefix_nbytes, names)
+    rows = memoryview(entries).cast("q")
+    for record in range(count):
+        at = rows[record * ENTRY_FIELDS + Entry.HEADER_OFFSET] - base
+        head = content[at : data.draw(st.sampled_from([at, at + 29, at + 50, len(content), len(content)]))]
+        told(compare(native, "parse_local_header", head, block, bytearray(entries), record))
+
+
+NOISE = st.sampled_from([b"PK\5\6", b"PK\6\6", b"PK\6\7", b"\0" * 9, b"\xff\xff", b"\1"])
+
+
+@given(tail=st.lists(NOISE, max_size=30).map(b"".join), base=st.sampled_from([0, 3]))
+def test_end_records_in_noise(native: Any, tail: bytes, base: int) -> None:
+    told(compare(native, "find_directory", tail, base, base))
+
+
+# --- reads ------------------------------------------------------------------------------------------------------------
+
+
+class Dribble:
+    """A source without a descriptor that gives a few bytes at a time."""
+
+    def __init__(self, content: bytes, most: int) -> None:
+        self.content = content
+        self.most = most
+
+    def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
+        done = 0
+        for buffer in buffers:
+            part = self.content[offset + done : offset + min(done + len(buffer), self.most)]
+            memoryview(buffer)[: len(part)] = part
+            done += len(part)
+            if len(part) < len(buffer):
+                break
+        return done
+
+
+@contextlib.contextmanager
+def opened(content: bytes, path: Path, most: int) -> Iterator[tuple[Any, bytes]]:
+    """(handle, right stamp) of the content: a descriptor if `most` is 0, else a Dribble."""
+    if most:
+        yield Dribble(content, most), b""
+        return
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        facts = os.fstat(descriptor)
+        yield descriptor, array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes()
+    finally:
+        os.close(descriptor)
+
+
+MOST = st.sampled_from([0, 0, 1, 7, 1 << 20]) if hasattr(os, "preadv") else st.sampled_from([1, 7, 1 << 20])
+
+
+@given(
+    size=st.integers(0, 300),
+    extents=st.lists(st.tuples(st.integers(0, 320), st.integers(0, 64)), max_size=8),
+    threads=st.integers(1, 3),
+    most=MOST,
+)
+def test_extents(native: Any, path: Path, size: int, extents: list[tuple[int, int]], threads: int, most: int) -> None:
+    content = bytes(range(256)) * 2
+    content = content[:size]
+    offsets = [offset for offset, _ in extents]
+    with opened(content, path, most) as (handle, _):
+
+        def read(backend: Any) -> tuple[bytes, ...]:
+            buffers = [bytearray(nbytes) for _, nbytes in extents]
+            backend.read_extents(handle, offsets, buffers, threads)
+            return tuple(map(bytes, buffers))
+
+        result = told(outcome(read, _pure))
+        assert outcome(read, native) == result
+    if result[0] == "came":
+        assert list(result[1]) == [content[offset : offset + nbytes] for offset, nbytes in extents]
+    else:
+        assert any(nbytes and offset + nbytes > size for offset, nbytes in extents)
+
+
+def test_large_extents_on_threads(native: Any, path: Path) -> None:
+    """Chunks, threads and huge pages: 40 MiB in three extents that overlap, from the last to the first."""
+    content = os.urandom(1 << 20) * 40
+    offsets = [30 << 20, 9 << 20, 5]
+    sizes = [10 << 20, 22 << 20, (10 << 20) + 3]
+    wanted = [content[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+    with opened(content, path, 0 if hasattr(os, "preadv") else 1 << 20) as (handle, _):
+        for backend in (_pure, native):
+            for threads in (1, 2, 5):
+                buffers = [backend.allocate(size) for size in sizes]
+                backend.read_extents(handle, offsets, buffers, threads)
+                assert [bytes(buffer) for buffer in buffers] == wanted
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5 << 20])
+def test_allocate(native: Any, nbytes: int) -> None:
+    for backend in (_pure, native):
+        view = memoryview(backend.allocate(nbytes)).cast("B")
+        assert len(view) == nbytes
+        assert not view.readonly
+        if nbytes:
+            view[0] = view[-1] = 7
+
+
+@given(drawn=strategies.archives(), most=MOST, stale=st.integers(0, 9), threads=st.integers(1, 2), data=st.data())
+def test_records(
+    native: Any, path: Path, drawn: strategies.Drawn, most: int, stale: int, threads: int, data: st.DataObject
+) -> None:
+    """One by one and many at once; what a read has proved of a record is used by the next one."""
+    content = drawn.data
+    try:
+        offset, nbytes, count = _pure.find_directory(content, 0, 0)
+        block = content[offset : offset + nbytes]
+        entries, _ = _pure.parse_directory(block, count, offset, 0)
+    except ZipSlicerError:
+        return
+    rows = memoryview(entries).cast("q")
+    wanted = []
+    for _ in range(data.draw(st.integers(0, 5))):
+        record = data.draw(st.integers(0, count - 1))
+        stored = rows[record * ENTRY_FIELDS + Entry.STORED_NBYTES]
+        start = data.draw(st.integers(0, stored))
+        wanted.append((record, start, data.draw(st.integers(0, stored - start))))
+    del rows
+    jobs = array("q")
+    for place, (record, start, size) in enumerate(wanted):
+        jobs.extend((record, start, size, place, 3))
+    assert len(jobs) == JOB_FIELDS * len(wanted)
+    if data.draw(st.integers(0, 9)) == 0:
+        content = content[: data.draw(st.integers(0, len(content)))]  # cut after the directory was read
+    with opened(content, path, most) as (handle, stamp):
+        stamp = {0: b"", 1: bytes(24)}.get(stale, stamp) if stamp else stamp
+
+        def read_each(backend: Any) -> list[Any]:
+            table = bytearray(entries)
+            found = [outcome(backend.read_record, handle, stamp, block, table, *job) for job in wanted]
+            return [*found, bytes(table)]
+
+        def read_all(backend: Any) -> tuple[bytes, ...]:
+            table = bytearray(entries)
+            buffers = [bytearray(size + 5) for _, _, size in wanted]
+            backend.read_records(handle, stamp, block, table, jobs.tobytes(), buffers, threads)
+            return (*map(bytes, buffers), bytes(table))
+
+        one_by_one = read_each(_pure)
+        assert read_each(native) == one_by_one
+        at_once = told(outcome(read_all, _pure))
+        assert outcome(read_all, native) == at_once
+    proved = memoryview(one_by_one[-1]).cast("q")[Entry.PAYLOAD_OFFSET :: ENTRY_FIELDS].tolist()
+    for (record, start, size), result in zip(wanted, one_by_one, strict=False):
+        if result[0] == "came":
+            assert result[1] == content[proved[record] + start : proved[record] + start + size]
+    if at_once[0] == "came":
+        assert [buffer[3:-2] for buffer in at_once[1][:-1]] == [result[1] for result in one_by_one[:-1]]
