@@ -6,6 +6,7 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <map>
 
@@ -17,6 +18,7 @@ namespace {
 constexpr std::size_t kNone = ~std::size_t{0};
 constexpr std::int64_t kMax63 = std::numeric_limits<std::int64_t>::max();
 constexpr std::size_t kMaxKeyTuple = 64;        // as in Python: what a look-up of a tuple as a key may cost
+constexpr std::size_t kLongName = 64;           // bytes from which on a hash is kept
 constexpr std::size_t kMaxDigits = 4300;        // Python's own guard against quadratic conversion
 constexpr std::uint64_t kMaxSlot = 0xFFFFFFFF;  // of the memo: what LONG_BINPUT can name
 constexpr std::size_t kMaxGuess = 1 << 26;      // bytes of program for which memory is set aside at once
@@ -32,7 +34,7 @@ enum Verb : std::uint8_t {
   kVerbTensorV2 = 5,
   kVerbTensorV3 = 6,
   kVerbTyped = 7,
-  kVerbSize = 8,
+  kVerbSize = 8
 };
 
 std::uint32_t verb_of(std::uint32_t action) { return action & 0xFF; }
@@ -42,122 +44,56 @@ std::uint32_t traits_of(std::uint32_t action) { return action >> 24; }
 
 bool rebuilds(std::uint32_t action) { return verb_of(action) >= kVerbTensor && verb_of(action) <= kVerbTensorV3; }
 
+// clang-format off
 enum Op : std::uint8_t {
-  MARK = '(',
-  STOP = '.',
-  POP = '0',
-  POP_MARK = '1',
-  DUP = '2',
-  FLOAT = 'F',
-  INT = 'I',
-  BININT = 'J',
-  BININT1 = 'K',
-  LONG = 'L',
-  BININT2 = 'M',
-  NONE_ = 'N',
-  PERSID = 'P',
-  BINPERSID = 'Q',
-  REDUCE = 'R',
-  STRING = 'S',
-  BINSTRING = 'T',
-  SHORT_BINSTRING = 'U',
-  UNICODE_ = 'V',
-  BINUNICODE = 'X',
-  APPEND = 'a',
-  BUILD = 'b',
-  GLOBAL = 'c',
-  DICT = 'd',
-  EMPTY_DICT = '}',
-  APPENDS = 'e',
-  GET = 'g',
-  BINGET = 'h',
-  INST = 'i',
-  LONG_BINGET = 'j',
-  LIST = 'l',
-  EMPTY_LIST = ']',
-  OBJ = 'o',
-  PUT = 'p',
-  BINPUT = 'q',
-  LONG_BINPUT = 'r',
-  SETITEM = 's',
-  TUPLE = 't',
-  EMPTY_TUPLE = ')',
-  SETITEMS = 'u',
-  BINFLOAT = 'G',
-  BINBYTES = 'B',
-  SHORT_BINBYTES = 'C',
-  PROTO = 0x80,
-  NEWOBJ = 0x81,
-  EXT1 = 0x82,
-  EXT2 = 0x83,
-  EXT4 = 0x84,
-  TUPLE1 = 0x85,
-  TUPLE2 = 0x86,
-  TUPLE3 = 0x87,
-  NEWTRUE = 0x88,
-  NEWFALSE = 0x89,
-  LONG1 = 0x8A,
-  LONG4 = 0x8B,
-  SHORT_BINUNICODE = 0x8C,
-  BINUNICODE8 = 0x8D,
-  BINBYTES8 = 0x8E,
-  EMPTY_SET = 0x8F,
-  ADDITEMS = 0x90,
-  FROZENSET = 0x91,
-  NEWOBJ_EX = 0x92,
-  STACK_GLOBAL = 0x93,
-  MEMOIZE = 0x94,
-  FRAME = 0x95,
-  BYTEARRAY8 = 0x96,
-  NEXT_BUFFER = 0x97,
-  READONLY_BUFFER = 0x98,
+  MARK = '(', STOP = '.', POP = '0', POP_MARK = '1', DUP = '2',
+  PUT = 'p', BINPUT = 'q', LONG_BINPUT = 'r', MEMOIZE = 0x94, GET = 'g', BINGET = 'h', LONG_BINGET = 'j',
+  NONE = 'N', NEWTRUE = 0x88, NEWFALSE = 0x89, BINFLOAT = 'G',
+  INT = 'I', BININT = 'J', BININT1 = 'K', BININT2 = 'M', LONG = 'L', LONG1 = 0x8A, LONG4 = 0x8B,
+  BINSTRING = 'T', SHORT_BINSTRING = 'U', BINUNICODE = 'X', SHORT_BINUNICODE = 0x8C, BINUNICODE8 = 0x8D,
+  BINBYTES = 'B', SHORT_BINBYTES = 'C', BINBYTES8 = 0x8E, BYTEARRAY8 = 0x96,
+  EMPTY_TUPLE = ')', TUPLE = 't', TUPLE1 = 0x85, TUPLE2 = 0x86, TUPLE3 = 0x87,
+  EMPTY_LIST = ']', LIST = 'l', APPEND = 'a', APPENDS = 'e',
+  EMPTY_DICT = '}', DICT = 'd', SETITEM = 's', SETITEMS = 'u',
+  EMPTY_SET = 0x8F, ADDITEMS = 0x90, FROZENSET = 0x91,
+  GLOBAL = 'c', STACK_GLOBAL = 0x93, BINPERSID = 'Q',
+  REDUCE = 'R', BUILD = 'b', NEWOBJ = 0x81, NEWOBJ_EX = 0x92,
+  PROTO = 0x80, FRAME = 0x95
 };
 
-// The name of an opcode that only protocol 0, the extension registry or out-of-band buffers need, or null.
-const char* refused(std::uint8_t op) {
-  switch (op) {
-    case FLOAT:
-      return "FLOAT";
-    case STRING:
-      return "STRING";
-    case UNICODE_:
-      return "UNICODE";
-    case PERSID:
-      return "PERSID";
-    case INST:
-      return "INST";
-    case OBJ:
-      return "OBJ";
-    case EXT1:
-      return "EXT1";
-    case EXT2:
-      return "EXT2";
-    case EXT4:
-      return "EXT4";
-    case NEXT_BUFFER:
-      return "NEXT_BUFFER";
-    case READONLY_BUFFER:
-      return "READONLY_BUFFER";
-    default:
-      return nullptr;
-  }
-}
-
-struct Value {
-  std::int64_t payload = 0;  // int_: the integer; float_: its bits; otherwise an index into a table of Machine
-  Kind kind = Kind::absent;
-
-  [[nodiscard]] std::size_t index() const { return static_cast<std::size_t>(payload); }
-  [[nodiscard]] bool is(Kind other) const { return kind == other; }
-  [[nodiscard]] bool is_bool() const { return kind == Kind::true_ || kind == Kind::false_; }
-  [[nodiscard]] bool is_call() const { return kind == Kind::call || kind == Kind::object; }
-  [[nodiscard]] bool is_dict() const { return kind == Kind::dict || kind == Kind::ordered_dict; }
-  [[nodiscard]] bool is_sequence() const { return kind == Kind::tuple || kind == Kind::list; }
+// Only protocol 0, the extension registry and out-of-band buffers need these.
+constexpr std::pair<std::uint8_t, const char*> kRefused[] = {
+  {'F', "FLOAT"}, {'S', "STRING"}, {'V', "UNICODE"}, {'P', "PERSID"}, {'i', "INST"}, {'o', "OBJ"}, {0x82, "EXT1"},
+  {0x83, "EXT2"}, {0x84, "EXT4"}, {0x97, "NEXT_BUFFER"}, {0x98, "READONLY_BUFFER"},
 };
+// clang-format on
 
-Value plain(Kind kind) { return {0, kind}; }
-Value integer(std::int64_t n) { return {n, Kind::int_}; }
-Value indexed(Kind kind, std::size_t index) { return {static_cast<std::int64_t>(index), kind}; }
+// The kind in the low 5 bits; in the 59 above it a small integer, or an index into a table of Machine.
+class Value {
+ public:
+  Value() : Value(Kind::absent) {}
+  explicit Value(Kind kind, std::size_t index = 0)
+      : bits_(std::uint64_t{index} << 5 | static_cast<std::uint64_t>(kind)) {}
+  // REQUIRES: fits(n).
+  explicit Value(std::int64_t n) : bits_(static_cast<std::uint64_t>(n) << 5 | static_cast<std::uint64_t>(Kind::int_)) {}
+
+  static bool fits(std::int64_t n) { return n >= -kSmall && n < kSmall; }
+
+  [[nodiscard]] Kind kind() const { return static_cast<Kind>(bits_ & 31); }
+  [[nodiscard]] std::size_t index() const { return static_cast<std::size_t>(bits_ >> 5); }
+  [[nodiscard]] std::int64_t small() const { return static_cast<std::int64_t>(bits_) >> 5; }
+
+  [[nodiscard]] bool is(Kind other) const { return kind() == other; }
+  [[nodiscard]] bool is_bool() const { return is(Kind::true_) || is(Kind::false_); }
+  [[nodiscard]] bool is_call() const { return is(Kind::call) || is(Kind::object); }
+  [[nodiscard]] bool is_dict() const { return is(Kind::dict) || is(Kind::ordered_dict); }
+  [[nodiscard]] bool is_sequence() const { return is(Kind::tuple) || is(Kind::list); }
+
+ private:
+  static constexpr std::int64_t kSmall = std::int64_t{1} << 58;
+
+  std::uint64_t bits_;
+};
 
 // Values in a row that somebody else keeps.
 struct Values {
@@ -169,22 +105,25 @@ struct Values {
   [[nodiscard]] const Value& operator[](std::size_t i) const { return data[i]; }
 };
 
-// A container. Children that were all there from the start lie in Machine::fixed; what may grow has a list of its own.
+// A container that may grow. Tuples, which cannot, lie in Machine::fixed_ instead.
 struct Node {
-  std::size_t place =
-      kNone;  // tuple, typed: first child in fixed. call, object: in calls. others: in lists, or kNone if empty
-  std::size_t count = 0;  // tuple, typed: children. ordered_dict: 1 + its state's place in fixed, or 0
+  std::size_t place = kNone;  // call, object: in calls_. others: in lists_, or kNone while it is empty
+  std::size_t state = kNone;  // ordered_dict: in states_, once there was a BUILD
+  std::int64_t id = -1;       // in the graph
 };
 
 // What a callable would have made of its arguments, and what was then put into it.
 struct Call {
+  Call(Arena& arena, Value its_callable, Value its_args, Value its_kwargs)
+      : callable(its_callable), args(its_args), kwargs(its_kwargs), appends(arena), items(arena) {}
+
   Value callable;
   Value args;
   Value kwargs;
   Value state;
+  Column<Value> appends;
+  Column<Value> items;
   bool built = false;
-  std::vector<Value> appends;
-  std::vector<Value> items;
 };
 
 // A name the pickle gave. `action` is what policy says of it, 0 for a stranger.
@@ -192,6 +131,7 @@ struct Global {
   std::size_t module;
   std::size_t name;
   std::uint32_t action;
+  std::int64_t id = -1;
 };
 
 // A persistent id: one record's worth of bytes, and what its elements are.
@@ -201,6 +141,7 @@ struct Storage {
   std::int64_t nbytes;
   std::uint64_t offset;
   std::uint32_t action;
+  std::int64_t id = -1;
 };
 
 // One dense row, already proved to lie inside its storage.
@@ -209,10 +150,12 @@ struct Tensor {
   std::int64_t storage_offset;
   std::size_t dims;  // where its sizes begin; its strides follow them
   std::uint64_t offset;
+  std::int64_t extent;  // elements from the first to the last one; 0 if it is empty
   std::uint32_t ndim;
   std::uint8_t dtype;
   std::uint8_t itemsize;
   std::uint8_t flags;
+  std::int64_t id = -1;
 };
 
 // Thrown where Python has an IndexError; the loop knows the offset.
@@ -221,62 +164,63 @@ struct Underflow {};
 // The stack, cut by MARK: nothing can reach below the last one.
 class Stack {
  public:
-  Stack() : values_(64) {}
+  explicit Stack(Arena& arena) : values_(arena, 64) {}
 
-  void push(Value value) {
-    if (top_ == values_.size()) {
-      values_.resize(2 * top_);
-    }
-    values_[top_++] = value;
-  }
+  void push(Value value) { values_.push(value); }
 
   Value pop() {
-    need_one();
-    return values_[--top_];
+    const Value value = top();
+    values_.shrink(values_.size() - 1);
+    return value;
   }
 
   Value& top() {
-    need_one();
-    return values_[top_ - 1];
-  }
-
-  void mark() {
-    marks_.push_back(base_);
-    base_ = top_;
-  }
-
-  // What lies above the last mark, which goes; good until the next push.
-  Values unmark() {
-    if (marks_.empty()) {
+    if (at_mark()) {
       throw Underflow();
     }
-    const Values above{values_.data() + base_, top_ - base_};
-    top_ = base_;
-    base_ = marks_.back();
-    marks_.pop_back();
+    return values_.back();
+  }
+
+  // The last n values, which go; good until the next push.
+  Values pop(std::size_t n) {
+    if (values_.size() - base_ < n) {
+      throw Underflow();
+    }
+    values_.shrink(values_.size() - n);
+    return {values_.end(), n};
+  }
+
+  // A mark is a value of its own: where the one before it is.
+  void mark() {
+    values_.push(Value(Kind::absent, base_));
+    base_ = values_.size();
+  }
+
+  // What lies above the last mark, which goes too; good until the next push.
+  Values unmark() {
+    if (base_ == 0) {
+      throw Underflow();
+    }
+    const Values above{values_.data() + base_, values_.size() - base_};
+    values_.shrink(base_ - 1);
+    base_ = values_.end()->index();
     return above;
   }
 
-  [[nodiscard]] bool at_mark() const { return top_ == base_; }
-  [[nodiscard]] bool empty() const { return top_ == 0 && marks_.empty(); }
+  [[nodiscard]] bool at_mark() const { return values_.size() == base_; }
+  [[nodiscard]] bool empty() const { return values_.empty(); }
 
  private:
-  void need_one() const {
-    if (top_ == base_) {
-      throw Underflow();
-    }
-  }
-
-  std::vector<Value> values_;
-  std::size_t top_ = 0;
-  std::size_t base_ = 0;            // of what is above the last mark
-  std::vector<std::size_t> marks_;  // the bases below
+  Column<Value> values_;
+  std::size_t base_ = 0;  // of what is above the last mark
 };
 
 // Slots by number. Picklers count up from 0: such slots lie in a row. LONG_BINPUT can name slot 4,294,967,295 at will,
 // so that a number far beyond the count of slots goes into a map, and never sizes anything.
 class Memo {
  public:
+  Memo(Arena& arena, std::size_t expected) : row_(arena, expected) {}
+
   [[nodiscard]] std::size_t count() const { return in_row_ + far_.size(); }
 
   // Null for a slot that was never written.
@@ -289,10 +233,13 @@ class Memo {
   }
 
   void put(std::uint64_t slot, Value value) {
-    if (slot >= row_.size() || row_[static_cast<std::size_t>(slot)].is(Kind::absent)) {
-      add(slot, value);
-    } else {
+    if (slot == row_.size() && far_.empty()) {  // nearly always
+      row_.push(value);
+      ++in_row_;
+    } else if (slot < row_.size() && !row_[static_cast<std::size_t>(slot)].is(Kind::absent)) {
       row_[static_cast<std::size_t>(slot)] = value;
+    } else {
+      add(slot, value);
     }
   }
 
@@ -302,8 +249,8 @@ class Memo {
     if (found != far_.end()) {
       found->second = value;
     } else if (slot < 2 * count() + 1024) {
-      if (slot >= row_.size()) {
-        row_.resize(static_cast<std::size_t>(slot) + 1);
+      while (row_.size() <= slot) {
+        row_.push(Value());
       }
       row_[static_cast<std::size_t>(slot)] = value;
       ++in_row_;
@@ -312,7 +259,7 @@ class Memo {
     }
   }
 
-  std::vector<Value> row_;  // absent: never written
+  Column<Value> row_;       // absent: never written
   std::size_t in_row_ = 0;  // of the row, those written
   std::map<std::uint64_t, Value> far_;
 };
@@ -371,6 +318,8 @@ Encoding encoding_of(Span bytes) {
   return surrogates ? Encoding::utf8_with_surrogates : Encoding::utf8;
 }
 
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
 // A string of the file within a message: printable ASCII, and short.
 std::string quoted(std::string_view text) {
   std::string out = "'";
@@ -413,98 +362,118 @@ bool add(std::int64_t a, std::int64_t b, std::int64_t* sum) {
 class Machine {
  public:
   Machine(Span program, const Actions& actions, const Limits& limits)
-      : cursor_(program, Blame::program), actions_(actions), limits_(limits), pairs_left_(program.size) {
+      : program_(program), actions_(actions), limits_(limits), graph_(program.size), pairs_left_(program.size) {
     const std::uint32_t* byte_storage = actions.find("torch", "ByteStorage");
     uint8_ = byte_storage == nullptr ? 0 : dtype_of(*byte_storage);
-    // Guesses that a pickle of tensors never grows past: memory that is not touched costs nothing.
-    const std::size_t guess = std::min(program.size, kMaxGuess);
-    fixed_.reserve(guess / 8);
-    nodes_.reserve(guess / 24);
-    texts_.reserve(guess / 64);
+    graph_.texts.expect(one_in(56));
   }
 
   // The opcode loop -> the root.
   Value run();
-  // Numbers what the root reaches, breadth first.
+  // Numbers what the root reaches, breadth first. Nothing else may be asked of the machine then.
   Graph flatten(Value root);
 
  private:
-  [[noreturn]] void fail(const std::string& what) const { cursor_.fail(what); }
-  [[noreturn]] void fail_table(const std::string& what) const { throw Error(Blame::table, cursor_.marked(), what); }
+  [[noreturn]] void fail(const std::string& what) const { throw Error(Blame::program, at_, what); }
+  [[noreturn]] void fail_table(const std::string& what) const { throw Error(Blame::table, at_, what); }
 
   // Strings and integers.
   Value text(Span utf8);
   Value native_text(Span bytes);
   Value bytes(Kind kind, Span raw);
+  Value integer(std::int64_t n);
+  Value float_of_bits(std::uint64_t bits);
   Value long_bytes(Span little_endian);
-  Value decimal(Span digits);
-  std::uint64_t slot(Span digits) const;
+  Value decimal(Span text);
+  std::uint64_t slot(Span text) const;
   void need_digits(Span text) const;
-  Span line();
+  Span line(Cursor& cursor) const;
   std::size_t name_of(std::size_t text);
+  std::size_t& storage_of(std::size_t key);
 
   // Containers.
   Value tuple(Values children);
+  std::size_t fix(Values children);
   Value container(Kind kind, Values children);
-  Values children(const Value& node) const;
-  std::vector<Value>& list_of(const Value& node);
-  void check_key(const Value& key);
-  void set_items(const Value& target, Values pairs);
-  void append(const Value& target, Values values);
-  void add_items(const Value& target, Values values);
+  Values children(Value node) const;
+  Column<Value>& list_of(Value node);
+  void check_key(Value key);
+  void set_items(Value target, Values pairs);
+  void append(Value target, Values values);
+  void add_items(Value target, Values values);
   Value frozenset(Values values);
-  void build(const Value& target, const Value& state);
+  void build(Value target, Value state);
 
   // Calls.
-  Value global(const Value& module, const Value& name);
-  Value persistent(const Value& pid);
-  Value call(Kind kind, const Value& callable, const Value& args, const Value& kwargs);
-  Value reduce(const Value& callable, const Value& args);
+  Value global(Value module, Value name);
+  Value persistent(Value pid);
+  Value call(Kind kind, Value callable, Value args, Value kwargs);
+  Value reduce(Value callable, Value args);
   Value ordered_dict(Values args);
-  Value typed(const Value& callable, const Value& args);
-  Value new_object(const Value& cls, const Value& args, const Value& kwargs);
+  Value typed(Value callable, Value args);
+  Value new_object(Value cls, Value args, Value kwargs);
   Value tensor(std::uint32_t verb, Values args);
-  Values integers(const Value& value) const;
-  std::uint8_t metadata(const Value& value, std::uint32_t traits) const;
-  void check_geometry(const Storage& storage, std::uint32_t itemsize, std::int64_t storage_offset, Values sizes,
-                      Values strides) const;
+  std::size_t integers(Value value);
+  std::uint8_t metadata(Value value, std::uint32_t traits) const;
+  std::int64_t extent(const Storage& storage, std::uint32_t itemsize, std::int64_t storage_offset,
+                      const std::int64_t* sizes, const std::int64_t* strides, std::size_t ndim) const;
 
-  [[nodiscard]] std::string_view letters(std::size_t text) const { return texts_[text].utf8.text(); }
-  [[nodiscard]] bool says(const Value& value, std::string_view word) const {
+  // The columns.
+  std::int64_t storage_id(Storage& storage);
+  std::int64_t tensor_id(Tensor& tensor);
+  std::int64_t global_id(Global& global);
+  std::int64_t node_id(Value value, std::int64_t depth, Column<Value>& pool);
+
+  [[nodiscard]] std::string_view letters(std::size_t text) const { return graph_.texts[text].utf8().text(); }
+  [[nodiscard]] bool says(Value value, std::string_view word) const {
     return value.is(Kind::str) && letters(value.index()) == word;
   }
+  [[nodiscard]] static bool is_integer(Value value) { return value.is(Kind::int_) || value.is(Kind::wide); }
+  // REQUIRES: is_integer(value).
+  [[nodiscard]] std::int64_t integer_of(Value value) const {
+    return value.is(Kind::wide) ? wide_[value.index()] : value.small();
+  }
   // The action of a global, 0 of anything else.
-  [[nodiscard]] std::uint32_t action_of(const Value& value) const {
+  [[nodiscard]] std::uint32_t action_of(Value value) const {
     return value.is(Kind::global) ? globals_[value.index()].action : 0;
   }
 
-  Cursor cursor_;
+  Arena& arena() { return *graph_.arena; }
+  // Rows that a pickle of tensors fills and does not pass, one for so many bytes of it; memory never touched is free.
+  [[nodiscard]] std::size_t one_in(std::size_t nbytes) const { return std::min(program_.size, kMaxGuess) / nbytes; }
+
+  const Span program_;
   const Actions& actions_;
   const Limits& limits_;
-  Memo memo_;
+  std::uint64_t at_ = 0;  // the opcode
+  Graph graph_;
 
-  std::vector<Text> texts_;
-  std::deque<std::string> recoded_;
-  std::vector<Span> blobs_;
-  std::vector<Long> longs_;
-  std::vector<Node> nodes_;
-  std::vector<Value> fixed_;
-  std::vector<std::vector<Value>> lists_;
+  Memo memo_{arena(), one_in(14)};
+  Column<Value> fixed_{arena(), one_in(6)};  // a tuple or typed: how many children, and these
+  Column<Node> nodes_{arena(), one_in(110)};
+  std::vector<Column<Value>> lists_;
+  Column<Value> states_{arena()};
   std::vector<Call> calls_;
-  std::vector<Global> globals_;
-  std::vector<Storage> storages_;
-  std::vector<Tensor> tensors_;
-  std::vector<std::int64_t> dims_;
+  Column<std::int64_t> wide_{arena()};  // integers that no Value holds, and the bits of floats
+  Column<Span> blobs_{arena()};
+  Column<Long> longs_{arena()};
+  Column<Global> globals_{arena()};
+  Column<Storage> storages_{arena(), one_in(110)};
+  Column<Tensor> tensors_{arena(), one_in(110)};
+  Column<std::int64_t> dims_{arena(), one_in(28)};
 
-  // Texts that are compared get a number, the same for the same bytes: a long key is hashed once, however often it
-  // comes.
+  // Texts that are compared get a number, the same for the same bytes.
   HashIndex names_;
-  std::vector<std::size_t> name_texts_;     // name -> a text
-  std::vector<std::size_t> name_storages_;  // name -> the storage with this key, or kNone
+  Column<std::size_t> name_texts_{arena()};                                     // name -> a text
+  std::map<std::size_t, std::size_t> long_names_;                               // long text -> name
   std::map<std::pair<std::size_t, std::size_t>, std::size_t> globals_by_name_;  // (module, name) -> global
+  Column<std::size_t> storages_by_name_{arena()};                               // name -> storage, or kNone
+  Column<std::size_t> storages_by_number_{arena()};                             // the number its key is -> the same
 
   std::size_t empty_tuple_ = kNone;  // Python has only one
-  std::uint32_t uint8_ = 0;
+  std::uint32_t uint8_ = 0;          // the dtype
+  std::int64_t nodes_met_ = 0;
+  std::size_t tensors_met_ = 0;
   std::int64_t tuple_keys_seen_ = 0;
   std::uint64_t pairs_left_;
 };
@@ -516,17 +485,17 @@ Value Machine::text(Span utf8) {
   if (encoding == Encoding::other) {
     fail("a string is not UTF-8");
   }
-  texts_.push_back({utf8, kNone, encoding == Encoding::ascii});
-  return indexed(Kind::str, texts_.size() - 1);
+  graph_.texts.push(Text(utf8, encoding == Encoding::ascii));
+  return Value(Kind::str, graph_.texts.size() - 1);
 }
 
 // A byte string of Python 2: UTF-8 if it is, Latin-1 otherwise, which takes anything.
 Value Machine::native_text(Span bytes) {
   const Encoding encoding = encoding_of(bytes);
   if (encoding == Encoding::ascii || encoding == Encoding::utf8) {
-    texts_.push_back({bytes, kNone, encoding == Encoding::ascii});
+    graph_.texts.push(Text(bytes, encoding == Encoding::ascii));
   } else {
-    std::string& out = recoded_.emplace_back();
+    std::string& out = graph_.recoded.emplace_back();
     for (const char c : bytes.text()) {
       const auto byte = static_cast<unsigned char>(c);
       if (byte < 0x80) {
@@ -536,14 +505,27 @@ Value Machine::native_text(Span bytes) {
         out += static_cast<char>(0x80 | (byte & 0x3F));
       }
     }
-    texts_.push_back({Span(out.data(), out.size()), kNone, false});
+    graph_.texts.push(Text(Span(out.data(), out.size()), false));
   }
-  return indexed(Kind::str, texts_.size() - 1);
+  return Value(Kind::str, graph_.texts.size() - 1);
 }
 
 Value Machine::bytes(Kind kind, Span raw) {
-  blobs_.push_back(raw);
-  return indexed(kind, blobs_.size() - 1);
+  blobs_.push(raw);
+  return Value(kind, blobs_.size() - 1);
+}
+
+Value Machine::integer(std::int64_t n) {
+  if (Value::fits(n)) {
+    return Value(n);
+  }
+  wide_.push(n);
+  return Value(Kind::wide, wide_.size() - 1);
+}
+
+Value Machine::float_of_bits(std::uint64_t bits) {
+  wide_.push(static_cast<std::int64_t>(bits));
+  return Value(Kind::float_, wide_.size() - 1);
 }
 
 // Two's complement of any length. Padding is allowed: what counts is whether the value fits 64 bits.
@@ -559,8 +541,8 @@ Value Machine::long_bytes(Span little_endian) {
   if (padded && (digits.size() <= 8 || (low >> 63 != 0) == negative)) {
     return integer(static_cast<std::int64_t>(low));
   }
-  longs_.push_back({little_endian, false});
-  return indexed(Kind::long_, longs_.size() - 1);
+  longs_.push({little_endian, false});
+  return Value(Kind::long_, longs_.size() - 1);
 }
 
 void Machine::need_digits(Span text) const {
@@ -568,7 +550,7 @@ void Machine::need_digits(Span text) const {
   if (!digits.empty() && digits.front() == '-') {
     digits.remove_prefix(1);
   }
-  const bool only_digits = std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const bool only_digits = std::all_of(digits.begin(), digits.end(), is_digit);
   if (digits.empty() || !only_digits || text.size > kMaxDigits) {
     fail("a text integer is malformed or over 4300 digits");
   }
@@ -595,8 +577,8 @@ Value Machine::decimal(Span text) {
   if (fits && (negative || value != std::numeric_limits<std::int64_t>::min())) {
     return integer(negative ? value : -value);
   }
-  longs_.push_back({text, true});
-  return indexed(Kind::long_, longs_.size() - 1);
+  longs_.push({text, true});
+  return Value(Kind::long_, longs_.size() - 1);
 }
 
 // The memo slot that a text integer names. What no slot can have, negative or too large, is kMaxSlot + 1.
@@ -614,94 +596,125 @@ std::uint64_t Machine::slot(Span text) const {
   return negative && value != 0 ? kMaxSlot + 1 : value;
 }
 
-Span Machine::line() {
+Span Machine::line(Cursor& cursor) const {
   Span found;
-  if (limits_.text_nbytes < 0 || !cursor_.line(static_cast<std::uint64_t>(limits_.text_nbytes), &found)) {
+  if (limits_.text_nbytes < 0 || !cursor.line(static_cast<std::uint64_t>(limits_.text_nbytes), &found)) {
     fail("no line end within " + std::to_string(limits_.text_nbytes) + " bytes");
   }
   return found;
 }
 
 std::size_t Machine::name_of(std::size_t text) {
-  if (texts_[text].name == kNone) {
-    const std::uint64_t hash = siphash(texts_[text].utf8, process_sip_key());
-    std::size_t name = names_.find(hash, [&](std::size_t n) { return letters(name_texts_[n]) == letters(text); });
-    if (name == HashIndex::kNotFound) {
-      name = name_texts_.size();
-      names_.add(hash, name);
-      name_texts_.push_back(text);
-      name_storages_.push_back(kNone);
+  const Span bytes = graph_.texts[text].utf8();
+  const bool is_long = bytes.size > kLongName;
+  if (is_long) {  // hashed once: three bytes of program may name it again and again
+    const auto known = long_names_.find(text);
+    if (known != long_names_.end()) {
+      return known->second;
     }
-    texts_[text].name = name;
   }
-  return texts_[text].name;
+  const std::uint64_t hash = siphash(bytes, process_sip_key());
+  std::size_t name = names_.find(hash, [&](std::size_t n) { return letters(name_texts_[n]) == bytes.text(); });
+  if (name == HashIndex::kNotFound) {
+    name = name_texts_.size();
+    names_.add(hash, name);
+    name_texts_.push(text);
+    storages_by_name_.push(kNone);
+  }
+  if (is_long) {
+    long_names_.emplace(text, name);
+  }
+  return name;
+}
+
+// Where the storage with this key is noted, or kNone is. torch.save counts its storages from 0, and such keys need no
+// hash. Which numbers these are depends on nothing but the program's length, so that a key is always in the same place.
+std::size_t& Machine::storage_of(std::size_t key) {
+  const std::string_view digits = letters(key);
+  const bool canonical = !digits.empty() && digits.size() < 10 && (digits.front() != '0' || digits.size() == 1);
+  if (canonical && std::all_of(digits.begin(), digits.end(), is_digit)) {
+    std::size_t number = 0;
+    for (const char c : digits) {
+      number = 10 * number + static_cast<std::size_t>(c - '0');
+    }
+    if (number < program_.size / 16) {
+      while (storages_by_number_.size() <= number) {
+        storages_by_number_.push(kNone);
+      }
+      return storages_by_number_[number];
+    }
+  }
+  return storages_by_name_[name_of(key)];
 }
 
 // -------------------------------------------------------------------------------------------------------- containers
 
 Value Machine::tuple(Values children) {
   if (children.size == 0 && empty_tuple_ != kNone) {
-    return indexed(Kind::tuple, empty_tuple_);
+    return Value(Kind::tuple, empty_tuple_);
   }
-  const std::size_t node = nodes_.size();
-  nodes_.push_back({fixed_.size(), children.size});
-  fixed_.insert(fixed_.end(), children.begin(), children.end());
+  const std::size_t place = fix(children);
   if (children.size == 0) {
-    empty_tuple_ = node;
+    empty_tuple_ = place;
   }
-  return indexed(Kind::tuple, node);
+  return Value(Kind::tuple, place);
+}
+
+// Puts children into fixed_, with their count before them.
+std::size_t Machine::fix(Values children) {
+  const std::size_t place = fixed_.size();
+  Value* const row = fixed_.extend(1 + children.size);
+  row[0] = Value(Kind::absent, children.size);
+  std::copy(children.begin(), children.end(), row + 1);
+  return place;
 }
 
 // A list, set, frozenset or dict.
 Value Machine::container(Kind kind, Values children) {
-  nodes_.emplace_back();
-  const Value made = indexed(kind, nodes_.size() - 1);
+  nodes_.push(Node());
+  const Value made(kind, nodes_.size() - 1);
   if (children.size != 0) {
-    list_of(made).assign(children.begin(), children.end());
+    list_of(made).append(children.data, children.size);
   }
   return made;
 }
 
 // Of a tuple, list, set, frozenset, dict (without its state) or typed.
-Values Machine::children(const Value& value) const {
-  const Node& node = nodes_[value.index()];
+Values Machine::children(Value value) const {
   if (value.is(Kind::tuple) || value.is(Kind::typed)) {
-    return {fixed_.data() + node.place, node.count};
+    const Value* const row = &fixed_[value.index()];
+    return {row + 1, row->index()};
   }
-  if (node.place == kNone) {
-    return {};
-  }
-  const std::vector<Value>& list = lists_[node.place];
-  return {list.data(), list.size()};
+  const Node& node = nodes_[value.index()];
+  return node.place == kNone ? Values{} : Values{lists_[node.place].data(), lists_[node.place].size()};
 }
 
 // Where the children of a list, set, frozenset or dict grow; most in a checkpoint never have any.
-std::vector<Value>& Machine::list_of(const Value& value) {
+Column<Value>& Machine::list_of(Value value) {
   Node& node = nodes_[value.index()];
   if (node.place == kNone) {
     node.place = lists_.size();
-    lists_.emplace_back();
+    lists_.emplace_back(arena());
   }
   return lists_[node.place];
 }
 
 // What may be a dict key: whatever hashes in bounded time and cannot be made to collide at will.
-void Machine::check_key(const Value& key) {
-  const auto is_plain = [](const Value& value) {
-    switch (value.kind) {
+void Machine::check_key(Value key) {
+  const auto is_plain = [](Value value) {
+    switch (value.kind()) {
       case Kind::str:
       case Kind::none:
       case Kind::true_:
       case Kind::false_:
       case Kind::int_:
+      case Kind::wide:
       case Kind::float_:
       case Kind::bytes:
       case Kind::global:
       case Kind::call:
-      case Kind::object:
-        return true;
-      default:
-        return false;
+      case Kind::object: return true;
+      default: return false;
     }
   };
   if (is_plain(key)) {
@@ -723,7 +736,7 @@ void Machine::check_key(const Value& key) {
   }
 }
 
-void Machine::set_items(const Value& target, Values pairs) {
+void Machine::set_items(Value target, Values pairs) {
   if (pairs.size % 2 != 0) {
     fail("a key without a value");
   }
@@ -734,22 +747,22 @@ void Machine::set_items(const Value& target, Values pairs) {
     check_key(pairs[i]);
   }
   if (pairs.size != 0) {
-    std::vector<Value>& items = target.is_call() ? calls_[nodes_[target.index()].place].items : list_of(target);
-    items.insert(items.end(), pairs.begin(), pairs.end());
+    Column<Value>& items = target.is_call() ? calls_[nodes_[target.index()].place].items : list_of(target);
+    items.append(pairs.data, pairs.size);
   }
 }
 
-void Machine::append(const Value& target, Values values) {
+void Machine::append(Value target, Values values) {
   if (!target.is(Kind::list) && !target.is_call()) {
     fail("APPENDS on something that is no list");
   }
   if (values.size != 0) {
-    std::vector<Value>& list = target.is_call() ? calls_[nodes_[target.index()].place].appends : list_of(target);
-    list.insert(list.end(), values.begin(), values.end());
+    Column<Value>& list = target.is_call() ? calls_[nodes_[target.index()].place].appends : list_of(target);
+    list.append(values.data, values.size);
   }
 }
 
-void Machine::add_items(const Value& target, Values values) {
+void Machine::add_items(Value target, Values values) {
   if (!target.is(Kind::set)) {
     fail("ADDITEMS on something that is no set");
   }
@@ -757,8 +770,8 @@ void Machine::add_items(const Value& target, Values values) {
     check_key(value);
   }
   if (values.size != 0) {
-    std::vector<Value>& list = list_of(target);
-    list.insert(list.end(), values.begin(), values.end());
+    Column<Value>& list = list_of(target);
+    list.append(values.data, values.size);
   }
 }
 
@@ -769,26 +782,26 @@ Value Machine::frozenset(Values values) {
   return container(Kind::frozenset, values);
 }
 
-void Machine::build(const Value& target, const Value& state) {
-  Node* const node = target.is_call() || target.is(Kind::ordered_dict) ? &nodes_[target.index()] : nullptr;
-  if (node == nullptr) {
+void Machine::build(Value target, Value state) {
+  if (!target.is_call() && !target.is(Kind::ordered_dict)) {
     fail("BUILD on something that takes no state");
   }
-  if (target.is_call() ? calls_[node->place].built : node->count != 0) {
+  Node& node = nodes_[target.index()];
+  if (target.is_call() ? calls_[node.place].built : node.state != kNone) {
     fail("BUILD a second time on one object");
   }
   if (target.is_call()) {
-    calls_[node->place].state = state;
-    calls_[node->place].built = true;
+    calls_[node.place].state = state;
+    calls_[node.place].built = true;
   } else {
-    fixed_.push_back(state);
-    node->count = fixed_.size();
+    node.state = states_.size();
+    states_.push(state);
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------- calls
 
-Value Machine::global(const Value& module, const Value& name) {
+Value Machine::global(Value module, Value name) {
   if (!module.is(Kind::str) || !name.is(Kind::str)) {
     fail("a global's module and name must be strings");
   }
@@ -798,20 +811,20 @@ Value Machine::global(const Value& module, const Value& name) {
     if (action == nullptr && limits_.refuse_unknown) {
       const std::string dotted = std::string(letters(module.index())).append(".").append(letters(name.index()));
       Error error(
-          Blame::unsafe, cursor_.marked(),
+          Blame::unsafe, at_,
           "the file names " + dotted +
               ", which policy does not know; nothing of it was run. Leave out unknown='error' to read the file with "
               "an inert placeholder in its place");
       error.global_name = dotted;
       throw error;
     }
-    globals_.push_back({module.index(), name.index(), action == nullptr ? 0 : *action});
+    globals_.push({module.index(), name.index(), action == nullptr ? 0 : *action});
   }
-  return indexed(Kind::global, place.first->second);
+  return Value(Kind::global, place.first->second);
 }
 
 // ('storage', class, key, location, numel), and nothing else.
-Value Machine::persistent(const Value& pid) {
+Value Machine::persistent(Value pid) {
   const Values parts = pid.is(Kind::tuple) ? children(pid) : Values{};
   if (parts.size != 5 || !says(parts[0], "storage")) {
     fail("a persistent id must be ('storage', class, key, location, numel)");
@@ -826,19 +839,19 @@ Value Machine::persistent(const Value& pid) {
   if (!key.is(Kind::str) || !location.is(Kind::str)) {
     fail("a persistent id's key and location must be strings");
   }
-  if (!numel.is(Kind::int_) || numel.payload < 0) {
+  if (!is_integer(numel) || integer_of(numel) < 0) {
     fail("a persistent id's element count must be an integer from 0 to 2**63 - 1");
   }
   std::int64_t nbytes = 0;
-  if (!multiply(numel.payload, itemsize_of(action), &nbytes)) {
+  if (!multiply(integer_of(numel), itemsize_of(action), &nbytes)) {
     fail("a storage's size in bytes passes 2**63 - 1");
   }
 
-  std::size_t& place = name_storages_[name_of(key.index())];
+  std::size_t& place = storage_of(key.index());
   if (place == kNone) {
     place = storages_.size();
-    storages_.push_back({key.index(), location.index(), nbytes, cursor_.marked(), action});
-    return indexed(Kind::storage, place);
+    storages_.push({key.index(), location.index(), nbytes, at_, action});
+    return Value(Kind::storage, place);
   }
   const Storage& found = storages_[place];
   if (found.nbytes != nbytes) {
@@ -852,19 +865,16 @@ Value Machine::persistent(const Value& pid) {
   if (one != two && !(itemsize_of(found.action) == 1 && byte_like)) {
     fail("storage " + quoted(letters(key.index())) + " has two element types");
   }
-  return indexed(Kind::storage, place);
+  return Value(Kind::storage, place);
 }
 
-Value Machine::call(Kind kind, const Value& callable, const Value& args, const Value& kwargs) {
-  nodes_.push_back({calls_.size(), 0});
-  Call& made = calls_.emplace_back();
-  made.callable = callable;
-  made.args = args;
-  made.kwargs = kwargs;
-  return indexed(kind, nodes_.size() - 1);
+Value Machine::call(Kind kind, Value callable, Value args, Value kwargs) {
+  nodes_.push({calls_.size()});
+  calls_.emplace_back(arena(), callable, args, kwargs);
+  return Value(kind, nodes_.size() - 1);
 }
 
-Value Machine::reduce(const Value& callable, const Value& args) {
+Value Machine::reduce(Value callable, Value args) {
   if (!args.is(Kind::tuple)) {
     fail("REDUCE takes a tuple of arguments");
   }
@@ -882,7 +892,7 @@ Value Machine::reduce(const Value& callable, const Value& args) {
   } else if (!callable.is_call()) {
     fail("REDUCE calls something that is no global");
   }
-  return call(Kind::call, callable, args, plain(Kind::absent));
+  return call(Kind::call, callable, args, Value(Kind::absent));
 }
 
 // () as Python 3 writes it, or ([[key, value], ...],) as Python 2 did.
@@ -894,7 +904,7 @@ Value Machine::ordered_dict(Values args) {
   if (args.size != 1 || !args[0].is_sequence()) {
     fail("OrderedDict takes nothing, or one list of pairs");
   }
-  std::vector<Value> items;
+  Column<Value> items(arena());
   for (const Value& each : children(args[0])) {
     const Values pair = each.is_sequence() ? children(each) : Values{};
     if (pair.size != 2) {
@@ -905,7 +915,7 @@ Value Machine::ordered_dict(Values args) {
     }
     --pairs_left_;
     check_key(pair[0]);
-    items.insert(items.end(), pair.begin(), pair.end());
+    items.append(pair.data, pair.size);
   }
   if (!items.empty()) {
     list_of(made) = std::move(items);
@@ -914,7 +924,7 @@ Value Machine::ordered_dict(Values args) {
 }
 
 // A tensor with a Python type and attributes of its own.
-Value Machine::typed(const Value& callable, const Value& args) {
+Value Machine::typed(Value callable, Value args) {
   const Values parts = children(args);
   const std::string_view name = letters(globals_[callable.index()].name);
   if (parts.size != 4) {
@@ -922,18 +932,16 @@ Value Machine::typed(const Value& callable, const Value& args) {
   }
   const std::uint32_t function = action_of(parts[0]);
   if (!rebuilds(function)) {
-    return call(Kind::call, callable, args, plain(Kind::absent));
+    return call(Kind::call, callable, args, Value(Kind::absent));
   }
   if (!parts[2].is(Kind::tuple)) {
     fail(std::string(name) + " takes a tuple of arguments");
   }
   const Value made[] = {tensor(verb_of(function), children(parts[2])), parts[1], parts[3]};
-  nodes_.push_back({fixed_.size(), 3});
-  fixed_.insert(fixed_.end(), std::begin(made), std::end(made));
-  return indexed(Kind::typed, nodes_.size() - 1);
+  return Value(Kind::typed, fix({made, 3}));
 }
 
-Value Machine::new_object(const Value& cls, const Value& args, const Value& kwargs) {
+Value Machine::new_object(Value cls, Value args, Value kwargs) {
   if (!cls.is(Kind::global) && !cls.is_call()) {
     fail("NEWOBJ of something that is no global");
   }
@@ -943,7 +951,7 @@ Value Machine::new_object(const Value& cls, const Value& args, const Value& kwar
   if (!kwargs.is(Kind::none) && !kwargs.is_dict()) {
     fail("NEWOBJ_EX takes a dict of keyword arguments");
   }
-  return call(Kind::object, cls, args, kwargs.is(Kind::none) ? plain(Kind::absent) : kwargs);
+  return call(Kind::object, cls, args, kwargs.is(Kind::none) ? Value(Kind::absent) : kwargs);
 }
 
 // First that every argument of a rebuild call is of its type, then that the tensor lies in its storage.
@@ -955,14 +963,15 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
   if (!args[0].is(Kind::storage)) {
     fail("a tensor is rebuilt on something that is no storage");
   }
-  if (!args[1].is(Kind::int_)) {
+  if (!is_integer(args[1])) {
     fail("a tensor's storage_offset must be a 64-bit integer");
   }
-  const std::int64_t storage_offset = args[1].payload;
-  const Values sizes = integers(args[2]);
-  const Values strides = integers(args[3]);
-  if (sizes.size != strides.size) {
-    fail("a tensor has " + std::to_string(sizes.size) + " sizes and " + std::to_string(strides.size) + " strides");
+  const std::int64_t storage_offset = integer_of(args[1]);
+  const std::size_t dims = dims_.size();
+  const std::size_t ndim = integers(args[2]);
+  const std::size_t steps = integers(args[3]);
+  if (ndim != steps) {
+    fail("a tensor has " + std::to_string(ndim) + " sizes and " + std::to_string(steps) + " strides");
   }
   const Storage& storage = storages_[args[0].index()];
   std::uint32_t type = storage.action;
@@ -988,47 +997,40 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
       flags = static_cast<std::uint8_t>(flags | metadata(args[args.size - 1], traits_of(type)));
     }
   }
-  check_geometry(storage, itemsize_of(type), storage_offset, sizes, strides);
-
-  tensors_.push_back({args[0].index(), storage_offset, dims_.size(), cursor_.marked(),
-                      static_cast<std::uint32_t>(sizes.size), static_cast<std::uint8_t>(dtype_of(type)),
-                      static_cast<std::uint8_t>(itemsize_of(type)), flags});
-  for (const Value& size : sizes) {
-    dims_.push_back(size.payload);
-  }
-  for (const Value& stride : strides) {
-    dims_.push_back(stride.payload);
-  }
-  return indexed(Kind::tensor, tensors_.size() - 1);
+  const std::int64_t reach =
+      extent(storage, itemsize_of(type), storage_offset, &dims_[dims], &dims_[dims] + ndim, ndim);
+  tensors_.push({args[0].index(), storage_offset, dims, at_, reach, static_cast<std::uint32_t>(ndim),
+                 static_cast<std::uint8_t>(dtype_of(type)), static_cast<std::uint8_t>(itemsize_of(type)), flags});
+  return Value(Kind::tensor, tensors_.size() - 1);
 }
 
-// A size or stride: a tuple, a list, or torch.Size(tuple).
-Values Machine::integers(const Value& value) const {
-  const Value* sequence = &value;
+// A size or stride, which is a tuple, a list, or torch.Size(tuple): appends it to dims_ and returns how many there are.
+std::size_t Machine::integers(Value value) {
   if (value.is_call()) {
     const Call& call = calls_[nodes_[value.index()].place];
     if (verb_of(action_of(call.callable)) == kVerbSize && children(call.args).size == 1) {
-      sequence = children(call.args).begin();
+      value = children(call.args)[0];
     }
   }
-  if (!sequence->is_sequence()) {
+  if (!value.is_sequence()) {
     fail("a tensor's size and stride must be tuples");
   }
-  const Values found = children(*sequence);
+  const Values found = children(value);
   if (limits_.dimensions < 0 || found.size > static_cast<std::uint64_t>(limits_.dimensions)) {
     fail("a tensor has " + std::to_string(found.size) + " dimensions; the limit is " +
          std::to_string(limits_.dimensions));
   }
-  for (const Value& each : found) {
-    if (!each.is(Kind::int_)) {
+  for (const Value each : found) {
+    if (!is_integer(each)) {
       fail("a tensor's sizes and strides must be 64-bit integers");
     }
+    dims_.push(integer_of(each));
   }
-  return found;
+  return found.size;
 }
 
 // {'conj': True, 'neg': True}: the math bits; the bytes are stored as if neither were set.
-std::uint8_t Machine::metadata(const Value& value, std::uint32_t traits) const {
+std::uint8_t Machine::metadata(Value value, std::uint32_t traits) const {
   if (value.is(Kind::none)) {
     return 0;
   }
@@ -1051,11 +1053,12 @@ std::uint8_t Machine::metadata(const Value& value, std::uint32_t traits) const {
   return static_cast<std::uint8_t>((conj ? 2 : 0) | (neg ? 4 : 0));
 }
 
-void Machine::check_geometry(const Storage& storage, std::uint32_t itemsize, std::int64_t storage_offset, Values sizes,
-                             Values strides) const {
+// Refuses a tensor that leaves its storage. Returns how many elements there are from its first to its last one.
+std::int64_t Machine::extent(const Storage& storage, std::uint32_t itemsize, std::int64_t storage_offset,
+                             const std::int64_t* sizes, const std::int64_t* strides, std::size_t ndim) const {
   bool negative = storage_offset < 0;
-  for (std::size_t i = 0; i < sizes.size; ++i) {
-    negative = negative || sizes[i].payload < 0 || strides[i].payload < 0;
+  for (std::size_t i = 0; i < ndim; ++i) {
+    negative = negative || sizes[i] < 0 || strides[i] < 0;
   }
   if (negative) {
     fail_table("a tensor has a negative storage_offset, size or stride");
@@ -1063,31 +1066,32 @@ void Machine::check_geometry(const Storage& storage, std::uint32_t itemsize, std
   std::int64_t numel = 1;
   std::int64_t last = storage_offset;
   bool empty = false;
-  for (std::size_t i = 0; i < sizes.size; ++i) {
-    const std::int64_t n = sizes[i].payload;
-    if (n == 0) {
+  for (std::size_t i = 0; i < ndim; ++i) {
+    if (sizes[i] == 0) {
       empty = true;
       continue;
     }
     std::int64_t reach = 0;
-    if (!multiply(numel, n, &numel) || !multiply(n - 1, strides[i].payload, &reach) || !add(last, reach, &last)) {
+    if (!multiply(numel, sizes[i], &numel) || !multiply(sizes[i] - 1, strides[i], &reach) || !add(last, reach, &last)) {
       fail_table("a tensor's extent passes 2**63 - 1 elements");
     }
   }
-  // (last + 1) * itemsize > nbytes, without the product, which may pass 64 bits.
-  const std::int64_t room = itemsize == 0 ? kMax63 : storage.nbytes / itemsize;
-  if (!empty && last >= room && itemsize != 0) {
+  if (empty) {
+    return 0;
+  }
+  if (last >= storage.nbytes / itemsize) {  // as (last + 1) * itemsize > nbytes, without a product that may wrap
     fail_table("a tensor reaches past element " + std::to_string(last) + " of storage " + quoted(letters(storage.key)) +
                ", which has " + std::to_string(storage.nbytes) + " bytes of " + std::to_string(itemsize) +
                " an element");
   }
+  return last - storage_offset + 1;
 }
 
 // ---------------------------------------------------------------------------------------------------------- the loop
 
 Value Machine::run() {
-  Cursor& cursor = cursor_;
-  Stack stack;
+  Cursor cursor(program_, Blame::program);
+  Stack stack(arena());
   const auto remember = [&](std::uint64_t slot) { memo_.put(slot, stack.top()); };
   const auto recall = [&](std::uint64_t slot) {
     const Value* found = memo_.get(slot);
@@ -1096,23 +1100,14 @@ Value Machine::run() {
     }
     stack.push(*found);
   };
-  const auto make_tuple = [&](std::size_t count) {
-    Value parts[3];
-    for (std::size_t i = count; i-- > 0;) {
-      parts[i] = stack.pop();
-    }
-    stack.push(tuple({parts, count}));
-  };
-
   try {
     while (true) {
       cursor.mark();
+      at_ = cursor.marked();
       const std::uint8_t op = cursor.u8();
       switch (op) {
         // The stack and the memo.
-        case MARK:
-          stack.mark();
-          break;
+        case MARK: stack.mark(); break;
         case POP:  // a value, or a MARK with nothing above it
           if (stack.at_mark()) {
             stack.unmark();
@@ -1120,61 +1115,31 @@ Value Machine::run() {
             stack.pop();
           }
           break;
-        case POP_MARK:
-          stack.unmark();
-          break;
-        case DUP:
-          stack.push(stack.top());
-          break;
-        case BINPUT:
-          remember(cursor.u8());
-          break;
-        case LONG_BINPUT:
-          remember(cursor.u32());
-          break;
-        case MEMOIZE:
-          remember(memo_.count());
-          break;
+        case POP_MARK: stack.unmark(); break;
+        case DUP: stack.push(stack.top()); break;
+        case BINPUT: remember(cursor.u8()); break;
+        case LONG_BINPUT: remember(cursor.u32()); break;
+        case MEMOIZE: remember(memo_.count()); break;
         case PUT: {
-          const std::uint64_t place = slot(line());
+          const std::uint64_t place = slot(line(cursor));
           if (place > kMaxSlot) {
             fail("a memo slot outside 32 bits");
           }
           remember(place);
           break;
         }
-        case BINGET:
-          recall(cursor.u8());
-          break;
-        case LONG_BINGET:
-          recall(cursor.u32());
-          break;
-        case GET:
-          recall(slot(line()));
-          break;
+        case BINGET: recall(cursor.u8()); break;
+        case LONG_BINGET: recall(cursor.u32()); break;
+        case GET: recall(slot(line(cursor))); break;
 
         // Plain values.
-        case NONE_:
-          stack.push(plain(Kind::none));
-          break;
-        case NEWTRUE:
-          stack.push(plain(Kind::true_));
-          break;
-        case NEWFALSE:
-          stack.push(plain(Kind::false_));
-          break;
-        case BININT1:
-          stack.push(integer(cursor.u8()));
-          break;
-        case BININT2:
-          stack.push(integer(cursor.u16()));
-          break;
-        case BININT:
-          stack.push(integer(static_cast<std::int32_t>(cursor.u32())));
-          break;
-        case LONG1:
-          stack.push(long_bytes(cursor.take(cursor.u8())));
-          break;
+        case NONE: stack.push(Value(Kind::none)); break;
+        case NEWTRUE: stack.push(Value(Kind::true_)); break;
+        case NEWFALSE: stack.push(Value(Kind::false_)); break;
+        case BININT1: stack.push(integer(cursor.u8())); break;
+        case BININT2: stack.push(integer(cursor.u16())); break;
+        case BININT: stack.push(integer(static_cast<std::int32_t>(cursor.u32()))); break;
+        case LONG1: stack.push(long_bytes(cursor.take(cursor.u8()))); break;
         case LONG4: {
           const auto nbytes = static_cast<std::int32_t>(cursor.u32());
           if (nbytes < 0 || nbytes > limits_.long_nbytes) {
@@ -1185,16 +1150,16 @@ Value Machine::run() {
           break;
         }
         case INT: {  // or protocol 1's booleans
-          const Span digits = line();
+          const Span digits = line(cursor);
           if (digits.text() == "00" || digits.text() == "01") {
-            stack.push(plain(digits.text() == "01" ? Kind::true_ : Kind::false_));
+            stack.push(Value(digits.text() == "01" ? Kind::true_ : Kind::false_));
           } else {
             stack.push(decimal(digits));
           }
           break;
         }
         case LONG: {
-          Span digits = line();
+          Span digits = line(cursor);
           if (!digits.text().empty() && digits.text().back() == 'L') {
             digits = digits.part(0, digits.size - 1);
           }
@@ -1202,25 +1167,18 @@ Value Machine::run() {
           break;
         }
         case BINFLOAT: {
+          const std::uint64_t little = cursor.u64();
           std::uint64_t bits = 0;
-          for (int i = 0; i < 8; ++i) {  // the one big-endian number of the format
-            bits = bits << 8 | cursor.u8();
+          for (int i = 0; i < 64; i += 8) {  // the one big-endian number of the format
+            bits = bits << 8 | (little >> i & 0xFF);
           }
-          stack.push({static_cast<std::int64_t>(bits), Kind::float_});
+          stack.push(float_of_bits(bits));
           break;
         }
-        case SHORT_BINUNICODE:
-          stack.push(text(cursor.take(cursor.u8())));
-          break;
-        case BINUNICODE:
-          stack.push(text(cursor.take(cursor.u32())));
-          break;
-        case BINUNICODE8:
-          stack.push(text(cursor.take(cursor.u64())));
-          break;
-        case SHORT_BINSTRING:
-          stack.push(native_text(cursor.take(cursor.u8())));
-          break;
+        case SHORT_BINUNICODE: stack.push(text(cursor.take(cursor.u8()))); break;
+        case BINUNICODE: stack.push(text(cursor.take(cursor.u32()))); break;
+        case BINUNICODE8: stack.push(text(cursor.take(cursor.u64()))); break;
+        case SHORT_BINSTRING: stack.push(native_text(cursor.take(cursor.u8()))); break;
         case BINSTRING: {
           const auto nbytes = static_cast<std::int32_t>(cursor.u32());
           if (nbytes < 0) {
@@ -1229,44 +1187,20 @@ Value Machine::run() {
           stack.push(native_text(cursor.take(static_cast<std::uint32_t>(nbytes))));
           break;
         }
-        case SHORT_BINBYTES:
-          stack.push(bytes(Kind::bytes, cursor.take(cursor.u8())));
-          break;
-        case BINBYTES:
-          stack.push(bytes(Kind::bytes, cursor.take(cursor.u32())));
-          break;
-        case BINBYTES8:
-          stack.push(bytes(Kind::bytes, cursor.take(cursor.u64())));
-          break;
-        case BYTEARRAY8:
-          stack.push(bytes(Kind::bytearray, cursor.take(cursor.u64())));
-          break;
+        case SHORT_BINBYTES: stack.push(bytes(Kind::bytes, cursor.take(cursor.u8()))); break;
+        case BINBYTES: stack.push(bytes(Kind::bytes, cursor.take(cursor.u32()))); break;
+        case BINBYTES8: stack.push(bytes(Kind::bytes, cursor.take(cursor.u64()))); break;
+        case BYTEARRAY8: stack.push(bytes(Kind::bytearray, cursor.take(cursor.u64()))); break;
 
         // Containers.
-        case EMPTY_TUPLE:
-          make_tuple(0);
-          break;
-        case TUPLE1:
-          make_tuple(1);
-          break;
-        case TUPLE2:
-          make_tuple(2);
-          break;
-        case TUPLE3:
-          make_tuple(3);
-          break;
-        case TUPLE:
-          stack.push(tuple(stack.unmark()));
-          break;
-        case EMPTY_LIST:
-          stack.push(container(Kind::list, {}));
-          break;
-        case LIST:
-          stack.push(container(Kind::list, stack.unmark()));
-          break;
-        case EMPTY_DICT:
-          stack.push(container(Kind::dict, {}));
-          break;
+        case EMPTY_TUPLE: stack.push(tuple({})); break;
+        case TUPLE1: stack.push(tuple(stack.pop(1))); break;
+        case TUPLE2: stack.push(tuple(stack.pop(2))); break;
+        case TUPLE3: stack.push(tuple(stack.pop(3))); break;
+        case TUPLE: stack.push(tuple(stack.unmark())); break;
+        case EMPTY_LIST: stack.push(container(Kind::list, {})); break;
+        case LIST: stack.push(container(Kind::list, stack.unmark())); break;
+        case EMPTY_DICT: stack.push(container(Kind::dict, {})); break;
         case DICT: {
           const Values pairs = stack.unmark();
           const Value made = container(Kind::dict, {});
@@ -1274,12 +1208,8 @@ Value Machine::run() {
           stack.push(made);
           break;
         }
-        case EMPTY_SET:
-          stack.push(container(Kind::set, {}));
-          break;
-        case FROZENSET:
-          stack.push(frozenset(stack.unmark()));
-          break;
+        case EMPTY_SET: stack.push(container(Kind::set, {})); break;
+        case FROZENSET: stack.push(frozenset(stack.unmark())); break;
         case APPEND: {
           const Value value = stack.pop();
           append(stack.top(), {&value, 1});
@@ -1310,8 +1240,8 @@ Value Machine::run() {
 
         // Names and calls.
         case GLOBAL: {
-          const Span module = line();
-          const Span name = line();
+          const Span module = line(cursor);
+          const Span name = line(cursor);
           const Value module_text = text(module);
           stack.push(global(module_text, text(name)));
           break;
@@ -1321,9 +1251,7 @@ Value Machine::run() {
           stack.top() = global(stack.top(), name);
           break;
         }
-        case BINPERSID:
-          stack.top() = persistent(stack.top());
-          break;
+        case BINPERSID: stack.top() = persistent(stack.top()); break;
         case REDUCE: {
           const Value args = stack.pop();
           stack.top() = reduce(stack.top(), args);
@@ -1336,7 +1264,7 @@ Value Machine::run() {
         }
         case NEWOBJ: {
           const Value args = stack.pop();
-          stack.top() = new_object(stack.top(), args, plain(Kind::none));
+          stack.top() = new_object(stack.top(), args, Value(Kind::none));
           break;
         }
         case NEWOBJ_EX: {
@@ -1350,7 +1278,7 @@ Value Machine::run() {
         case PROTO: {
           const unsigned protocol = cursor.u8();
           if (protocol > 5) {
-            throw Error(Blame::unsupported, cursor.marked(),
+            throw Error(Blame::unsupported, at_,
                         "pickle protocol " + std::to_string(protocol) + "; the newest known is 5");
           }
           break;
@@ -1369,15 +1297,16 @@ Value Machine::run() {
           }
           return root;
         }
-        default: {
-          const char* const name = refused(op);
-          if (name != nullptr) {
-            throw Error(Blame::unsupported, cursor.marked(),
-                        std::string("opcode ") + name +
-                            " is not written by torch.save in protocols 2 to 5; save the file again with one of these");
+        default:
+          for (const auto& [code, name] : kRefused) {
+            if (op == code) {
+              throw Error(
+                  Blame::unsupported, at_,
+                  std::string("opcode ") + name +
+                      " is not written by torch.save in protocols 2 to 5; save the file again with one of these");
+            }
           }
           fail("byte " + std::to_string(op) + " is no pickle opcode");
-        }
       }
     }
   } catch (const Underflow&) {
@@ -1387,152 +1316,140 @@ Value Machine::run() {
 
 // ------------------------------------------------------------------------------------------------------- the columns
 
-// Ids in the order of first meeting.
-class Numbering {
- public:
-  explicit Numbering(std::size_t count) : ids_(count, -1) {}
+void add_row(Column<std::int64_t>& column, std::initializer_list<std::int64_t> row) {
+  column.append(row.begin(), row.size());
+}
 
-  // The id of the object at this index, and whether it is new.
-  std::pair<std::int64_t, bool> meet(std::size_t index) {
-    const bool is_new = ids_[index] < 0;
-    if (is_new) {
-      ids_[index] = next_++;
-    }
-    return {ids_[index], is_new};
+std::int64_t count_of(std::size_t size) { return static_cast<std::int64_t>(size); }
+
+std::int64_t Machine::storage_id(Storage& storage) {
+  if (storage.id < 0) {
+    storage.id = count_of(graph_.storage_keys.size());
+    add_row(graph_.storages, {dtype_of(storage.action), storage.nbytes, static_cast<std::int64_t>(storage.offset)});
+    graph_.storage_keys.push(storage.key);
+    graph_.locations.push(storage.location);
   }
+  return storage.id;
+}
 
- private:
-  std::vector<std::int64_t> ids_;
-  std::int64_t next_ = 0;
-};
+std::int64_t Machine::tensor_id(Tensor& tensor) {
+  if (tensor.id < 0) {
+    tensor.id = count_of(tensors_met_++);
+    add_row(graph_.tensors, {storage_id(storages_[tensor.storage]), tensor.dtype, tensor.itemsize,
+                             tensor.storage_offset, count_of(graph_.dims.size()), tensor.ndim, tensor.flags,
+                             static_cast<std::int64_t>(tensor.offset), tensor.extent});
+    graph_.dims.append(&dims_[tensor.dims], 2 * std::size_t{tensor.ndim});
+  }
+  return tensor.id;
+}
+
+std::int64_t Machine::global_id(Global& global) {
+  if (global.id < 0) {
+    global.id = count_of(graph_.globals.size() / 2);
+    graph_.globals.push(global.module);
+    graph_.globals.push(global.name);
+  }
+  return global.id;
+}
+
+// The children of a node that is met for the first time are appended to the pool.
+std::int64_t Machine::node_id(Value value, std::int64_t depth, Column<Value>& pool) {
+  // A tuple keeps its id where its count was: once its children are in the pool, nobody asks for that.
+  const bool is_fixed = value.is(Kind::tuple) || value.is(Kind::typed);
+  Node* const node = is_fixed ? nullptr : &nodes_[value.index()];
+  if (is_fixed && !fixed_[value.index()].is(Kind::absent)) {
+    return fixed_[value.index()].small();
+  }
+  if (!is_fixed && node->id >= 0) {
+    return node->id;
+  }
+  if (depth > limits_.depth) {
+    fail("values are nested deeper than " + std::to_string(limits_.depth));
+  }
+  const std::size_t start = pool.size();
+  const auto put = [&](Values values) { pool.append(values.data, values.size); };
+  std::size_t appends = 0;
+  if (value.is_call()) {
+    const Call& call = calls_[node->place];
+    const Value parts[] = {call.callable, call.args, call.kwargs, call.state};
+    put({parts, 4});
+    put({call.appends.data(), call.appends.size()});
+    put({call.items.data(), call.items.size()});
+    appends = call.appends.size();
+  } else {
+    put(children(value));
+    if (!is_fixed && node->state != kNone) {
+      put({&states_[node->state], 1});
+    }
+  }
+  const std::int64_t id = nodes_met_++;
+  add_row(graph_.nodes, {static_cast<std::int64_t>(value.kind()), count_of(start), count_of(pool.size() - start),
+                         count_of(appends), depth});
+  if (is_fixed) {
+    fixed_[value.index()] = Value(id);
+  } else {
+    node->id = id;
+  }
+  return id;
+}
 
 Graph Machine::flatten(Value root) {
-  Graph graph;
-  std::vector<Value> pool{root};  // the values; grows while it is scanned
-  Numbering node_ids(nodes_.size());
-  Numbering tensor_ids(tensors_.size());
-  Numbering storage_ids(storages_.size());
-  Numbering global_ids(globals_.size());
-  const auto put = [&](Values values) { pool.insert(pool.end(), values.begin(), values.end()); };
-
-  const auto storage_id = [&](std::size_t index) {
-    const auto [id, is_new] = storage_ids.meet(index);
-    if (is_new) {
-      const Storage& storage = storages_[index];
-      graph.storages.insert(graph.storages.end(),
-                            {dtype_of(storage.action), storage.nbytes, static_cast<std::int64_t>(storage.offset)});
-      graph.storage_keys.push_back(storage.key);
-      graph.locations.push_back(storage.location);
-    }
-    return id;
-  };
-  const auto tensor_id = [&](std::size_t index) {
-    const auto [id, is_new] = tensor_ids.meet(index);
-    if (is_new) {
-      const Tensor& tensor = tensors_[index];
-      const std::int64_t storage = storage_id(tensor.storage);
-      graph.tensors.insert(graph.tensors.end(), {storage, tensor.dtype, tensor.itemsize, tensor.storage_offset,
-                                                 static_cast<std::int64_t>(graph.dims.size()), tensor.ndim,
-                                                 tensor.flags, static_cast<std::int64_t>(tensor.offset)});
-      const std::int64_t* const dims = dims_.data() + tensor.dims;
-      graph.dims.insert(graph.dims.end(), dims, dims + 2 * tensor.ndim);
-    }
-    return id;
-  };
-  const auto global_id = [&](std::size_t index) {
-    const auto [id, is_new] = global_ids.meet(index);
-    if (is_new) {
-      graph.globals.push_back(globals_[index].module);
-      graph.globals.push_back(globals_[index].name);
-    }
-    return id;
-  };
-  // The children of node n are those of run n + 1; run 0 is the root alone.
-  std::vector<std::size_t> run_ends{1};
-  std::vector<std::int64_t> run_depths{0};
+  graph_.tensors.expect(9 * tensors_.size());
+  graph_.dims.expect(dims_.size());
+  graph_.storages.expect(3 * storages_.size());
+  graph_.storage_keys.expect(storages_.size());
+  graph_.locations.expect(storages_.size());
+  Column<Value> pool(arena(), one_in(55));  // the values; grows while it is scanned
+  graph_.kinds.expect(one_in(55));
+  graph_.payloads.expect(one_in(55));
+  graph_.strings.expect(one_in(110));
+  pool.push(root);
+  // The pool is runs of children: of node 0, of node 1, and so on, after the root, which has a run to itself.
+  std::size_t run_end = 1;
+  std::int64_t depth = 0;
   std::size_t run = 0;
-  const auto node_id = [&](const Value& value) {
-    const auto [id, is_new] = node_ids.meet(value.index());
-    if (!is_new) {
-      return id;
-    }
-    const std::int64_t depth = run_depths[run];
-    if (depth > limits_.depth) {
-      fail("values are nested deeper than " + std::to_string(limits_.depth));
-    }
-    const std::size_t start = pool.size();
-    std::size_t appends = 0;
-    const Node& node = nodes_[value.index()];
-    const Kind kind = value.kind;
-    if (value.is_call()) {
-      const Call& call = calls_[node.place];
-      appends = call.appends.size();
-      const Value parts[] = {call.callable, call.args, call.kwargs, call.state};
-      put({parts, 4});
-      put({call.appends.data(), call.appends.size()});
-      put({call.items.data(), call.items.size()});
-    } else {
-      put(children(value));
-      if (kind == Kind::ordered_dict && node.count != 0) {
-        put({&fixed_[node.count - 1], 1});
-      }
-    }
-    graph.nodes.insert(graph.nodes.end(),
-                       {static_cast<std::int64_t>(kind), static_cast<std::int64_t>(start),
-                        static_cast<std::int64_t>(pool.size() - start), static_cast<std::int64_t>(appends), depth});
-    run_ends.push_back(pool.size());
-    run_depths.push_back(depth + 1);
-    return id;
-  };
-
   for (std::size_t position = 0; position < pool.size(); ++position) {
-    while (position >= run_ends[run]) {
-      ++run;
+    for (; position >= run_end; ++run) {
+      const std::int64_t* const row = &graph_.nodes[5 * run];
+      run_end = static_cast<std::size_t>(row[1] + row[2]);
+      depth = row[4] + 1;
     }
     const Value value = pool[position];
+    Kind kind = value.kind();
     std::int64_t payload = 0;
-    switch (value.kind) {
+    switch (kind) {
       case Kind::none:
       case Kind::false_:
       case Kind::true_:
-      case Kind::absent:
+      case Kind::absent: break;
+      case Kind::int_: payload = value.small(); break;
+      case Kind::wide:
+        kind = Kind::int_;
+        payload = wide_[value.index()];
         break;
-      case Kind::int_:
-      case Kind::float_:
-        payload = value.payload;
-        break;
+      case Kind::float_: payload = wide_[value.index()]; break;
       case Kind::long_:
-        payload = static_cast<std::int64_t>(graph.longs.size());
-        graph.longs.push_back(longs_[value.index()]);
+        payload = count_of(graph_.longs.size());
+        graph_.longs.push(longs_[value.index()]);
         break;
       case Kind::str:
-        payload = static_cast<std::int64_t>(graph.strings.size());
-        graph.strings.push_back(value.index());
+        payload = count_of(graph_.strings.size());
+        graph_.strings.push(value.index());
         break;
       case Kind::bytes:
       case Kind::bytearray:
-        payload = static_cast<std::int64_t>(graph.blobs.size());
-        graph.blobs.push_back(blobs_[value.index()]);
+        payload = count_of(graph_.blobs.size());
+        graph_.blobs.push(blobs_[value.index()]);
         break;
-      case Kind::global:
-        payload = global_id(value.index());
-        break;
-      case Kind::storage:
-        payload = storage_id(value.index());
-        break;
-      case Kind::tensor:
-        payload = tensor_id(value.index());
-        break;
-      default:
-        payload = node_id(value);
-        break;
+      case Kind::global: payload = global_id(globals_[value.index()]); break;
+      case Kind::storage: payload = storage_id(storages_[value.index()]); break;
+      case Kind::tensor: payload = tensor_id(tensors_[value.index()]); break;
+      default: payload = node_id(value, depth, pool); break;
     }
-    graph.kinds.push_back(value.kind);
-    graph.payloads.push_back(payload);
+    graph_.kinds.push(kind);
+    graph_.payloads.push(payload);
   }
-  graph.texts = std::move(texts_);
-  graph.recoded = std::move(recoded_);
-  return graph;
+  return std::move(graph_);
 }
 
 }  // namespace

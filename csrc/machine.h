@@ -7,10 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "arena.h"
 #include "bytes.h"
 #include "hash_index.h"
 
@@ -31,6 +33,7 @@ enum class Kind : std::uint8_t {
   storage = 10,
   tensor = 11,
   absent = 12,
+  wide = 13,  // in the machine only: an int_ too large for its way of keeping values
   tuple = 16,
   list = 17,
   set = 18,
@@ -78,10 +81,16 @@ struct Limits {
 };
 
 // A string of the program, always UTF-8 in which surrogates may be encoded (Python's "surrogatepass").
-struct Text {
-  Span utf8;
-  std::size_t name = ~std::size_t{0};  // equal for texts with equal bytes, once the machine has asked
-  bool ascii = false;
+class Text {
+ public:
+  Text(Span utf8, bool ascii) : data_(utf8.data), size_(utf8.size << 1 | (ascii ? 1 : 0)) {}
+
+  [[nodiscard]] Span utf8() const { return {data_, size_ >> 1}; }
+  [[nodiscard]] bool ascii() const { return (size_ & 1) != 0; }
+
+ private:
+  const unsigned char* data_;
+  std::size_t size_;  // in its upper bits: there are many of these
 };
 
 // An integer beyond 64 bits: little-endian two's complement, or decimal digits with an optional minus.
@@ -93,20 +102,23 @@ struct Long {
 // The columns of backend.Graph. Where that has a string, this has an index into `texts`, so that a string which is met
 // often is decoded once. Spans point into the program, which must outlive the graph.
 struct Graph {
-  std::vector<Kind> kinds;
-  std::vector<std::int64_t> payloads;
-  std::vector<std::int64_t> nodes;
-  std::vector<std::size_t> strings;
-  std::vector<Span> blobs;
-  std::vector<Long> longs;
-  std::vector<std::size_t> globals;  // module and name in turn
-  std::vector<std::int64_t> storages;
-  std::vector<std::size_t> storage_keys;
-  std::vector<std::size_t> locations;
-  std::vector<std::int64_t> tensors;
-  std::vector<std::int64_t> dims;
+  explicit Graph(std::size_t program_nbytes) : arena(std::make_unique<Arena>(program_nbytes)) {}
 
-  std::vector<Text> texts;
+  std::unique_ptr<Arena> arena;
+  Column<Kind> kinds{*arena};
+  Column<std::int64_t> payloads{*arena};
+  Column<std::int64_t> nodes{*arena};
+  Column<std::size_t> strings{*arena};
+  Column<Span> blobs{*arena};
+  Column<Long> longs{*arena};
+  Column<std::size_t> globals{*arena};  // module and name in turn
+  Column<std::int64_t> storages{*arena};
+  Column<std::size_t> storage_keys{*arena};
+  Column<std::size_t> locations{*arena};
+  Column<std::int64_t> tensors{*arena};
+  Column<std::int64_t> dims{*arena};
+
+  Column<Text> texts{*arena};
   std::deque<std::string> recoded;  // what texts point to that is not in the program: Latin-1, as UTF-8
 };
 

@@ -21,7 +21,7 @@ py::object owned(PyObject* made) {
 }
 
 template <typename T>
-py::object column(const std::vector<T>& rows) {
+py::object column(const Column<T>& rows) {
   return owned(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(rows.data()),
                                          static_cast<Py_ssize_t>(rows.size() * sizeof(T))));
 }
@@ -39,7 +39,7 @@ py::object list_of(std::size_t n, Make make) {
 // The texts of a graph as Python strings, each made at its first use.
 class Strings {
  public:
-  explicit Strings(const std::vector<Text>& texts) : texts_(texts), made_(texts.size()) {}
+  explicit Strings(const Column<Text>& texts) : texts_(texts), made_(texts.size()) {}
 
   py::object operator[](std::size_t index) {
     py::object& made = made_[index];
@@ -49,23 +49,23 @@ class Strings {
     return made;
   }
 
-  py::object list(const std::vector<std::size_t>& indices) {
+  py::object list(const Column<std::size_t>& indices) {
     return list_of(indices.size(), [&](std::size_t i) { return (*this)[indices[i]]; });
   }
 
  private:
   static py::object decode(const Text& text) {
-    const auto nbytes = static_cast<Py_ssize_t>(text.utf8.size);
-    const char* const utf8 = text.utf8.text().data();
-    if (!text.ascii || nbytes <= 1) {  // Python keeps one of each string of a single character
+    const auto nbytes = static_cast<Py_ssize_t>(text.utf8().size);
+    const char* const utf8 = text.utf8().text().data();
+    if (!text.ascii() || nbytes <= 1) {  // Python keeps one of each string of a single character
       return owned(PyUnicode_DecodeUTF8(utf8, nbytes, "surrogatepass"));
     }
     py::object made = owned(PyUnicode_New(nbytes, 127));
-    std::memcpy(PyUnicode_1BYTE_DATA(made.ptr()), utf8, text.utf8.size);
+    std::memcpy(PyUnicode_1BYTE_DATA(made.ptr()), utf8, text.utf8().size);
     return made;
   }
 
-  const std::vector<Text>& texts_;
+  const Column<Text>& texts_;
   std::vector<py::object> made_;
 };
 
