@@ -439,13 +439,14 @@ std::uint64_t parse_local_header_of(const py::bytes& head, const py::bytes& bloc
 }
 
 py::list find_records_of(const py::bytes& block, const py::object& entries, std::size_t prefix_nbytes,
-                         const py::list& names) {
+                         const py::iterable& names) {
   const ArchiveView view(block, entries);
+  const py::tuple texts(names);
   std::vector<py::bytes> kept;  // what the spans point to
   std::vector<Span> wanted;
-  kept.reserve(names.size());
-  wanted.reserve(names.size());
-  for (const py::handle& name : names) {
+  kept.reserve(texts.size());
+  wanted.reserve(texts.size());
+  for (const py::handle& name : texts) {
     PyObject* const utf8 = PyUnicode_AsEncodedString(name.ptr(), "utf-8", "surrogatepass");
     if (utf8 == nullptr) {
       throw py::error_already_set();
@@ -465,7 +466,7 @@ py::list find_records_of(const py::bytes& block, const py::object& entries, std:
 
 PyMethodDef raw_functions[] = {
     {"read_record", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(read_record_raw)), METH_FASTCALL,
-     "read_record(handle, stamp, block, entries, record, start, nbytes, /) -> buffer"},
+     "read_record($module, handle, stamp, block, entries, record, start, nbytes, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,0 +1,29 @@
+"""The backend in C++ (csrc/module.cc). backend.py says what each function does."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .backend import Actions, Buffer, Handle
+
+name: Final = "native"
+
+def allocate(nbytes: int, /) -> Buffer: ...
+def read_extents(handle: Handle, offsets: Sequence[int], buffers: Sequence[Buffer], threads: int, /) -> None: ...
+def read_record(
+    handle: Handle, stamp: bytes, block: bytes, entries: bytearray, record: int, start: int, nbytes: int, /
+) -> Buffer: ...
+def read_records(
+    handle: Handle,
+    stamp: bytes,
+    block: bytes,
+    entries: bytearray,
+    jobs: bytes,
+    buffers: Sequence[Buffer],
+    threads: int,
+    /,
+) -> None: ...
+def find_directory(tail: bytes, tail_offset: int, base: int, /) -> tuple[int, int, int]: ...
+def parse_directory(block: bytes, count: int, offset: int, base: int, /) -> tuple[bytearray, int]: ...
+def find_records(block: bytes, entries: bytearray, prefix_nbytes: int, names: Sequence[str], /) -> list[int]: ...
+def parse_local_header(head: bytes, block: bytes, entries: bytearray, record: int, /) -> int: ...
+def scan_pickle(program: bytes, actions: Actions, limits: Sequence[int], /) -> tuple[Any, ...]: ...
