@@ -14,7 +14,7 @@ from typing import Any
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
-from .plan import Geometry, hull, index, is_contiguous, numel, pieces
+from .plan import Geometry, hull, index, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning
 from .program import Builder
 from .table import ROW, ROW_NBYTES, Leaf, Row, TensorTable
@@ -33,6 +33,17 @@ class ReadOptions:
     dtype: Any = None
     cache_tensors: bool = False
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        # What can be told without torch is told at once, not at the first touch.
+        if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
+        where = self.map_location
+        known = where is None or isinstance(where, (str, int, dict)) or callable(where)
+        if isinstance(where, bool) or not (known or type(where).__name__ == "device"):
+            raise TypeError(f"map_location is a device, a dict, a callable or None, not {type(where).__name__}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
 
 
 def default_threads() -> int:
@@ -126,10 +137,10 @@ class TensorReader:
         return made.set_(storage, geometry.storage_offset, geometry.sizes, geometry.strides)
 
     def _finish(self, made: Any, row: Row) -> Any:
+        made = self.place.cast(made)
         if row.conj or row.neg:
             bits = {name: True for name, on in (("conj", row.conj), ("neg", row.neg)) if on}
             self.torch._C._set_tensor_metadata(made, bits)
-        made = self.place.cast(made)
         return made.requires_grad_() if row.requires_grad else made
 
     def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
@@ -218,42 +229,50 @@ class TensorReader:
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
         """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
         torch, row = self.torch, self.table.row(leaf.number)
-        sliced = index(self.table.geometry(row), wanted)
+        geometry, flips = index(self.table.geometry(row), wanted)
+        dtype = self._dtype(row.dtype)
         with torch.inference_mode(False):
-            made = self._read_slice(row, sliced.geometry)
-            if sliced.flips:
-                made = made.flip(sliced.flips)
-            made = self.place.tensor(made, self.table.program.locations[row.storage])
-            made = self._finish(made, row._replace(flags=row.flags & ~1))
+            if self.place.is_meta:
+                made = torch.empty(geometry.sizes, dtype=dtype, device="meta")
+            else:
+                # An expanded dimension is one element that stands for many: it is read once, and expanded again.
+                sizes = tuple(min(n, 1) if not stride else n for n, stride in zip(geometry.sizes, geometry.strides))
+                bits = self._read_slice(row, geometry._replace(sizes=sizes))
+                flips = tuple(dim for dim in flips if geometry.strides[dim])
+                bits = bits.flip(flips) if flips else bits
+                made = self._view(
+                    bits.untyped_storage(), row, Geometry(bits.storage_offset(), bits.size(), bits.stride())
+                )
+                made = self.place.tensor(made, self.table.program.locations[row.storage])
+                made = self._finish(made, row._replace(flags=row.flags & ~1)).expand(geometry.sizes)
         return made.requires_grad_() if leaf.requires_grad else made
 
     def _read_slice(self, row: Row, geometry: Geometry) -> Any:
-        torch, itemsize = self.torch, row.itemsize
-        dtype, unit = self._dtype(row.dtype), self._unit(row.dtype)
+        """The elements as integers of the same size, which every kernel of torch can copy and turn around."""
+        torch, itemsize, unit = self.torch, row.itemsize, self._unit(row.dtype)
+        carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
         count = numel(geometry.sizes)
         if not count:
-            return torch.empty(geometry.sizes, dtype=dtype, device="cpu")
-        through = hull(geometry)
-        if through == count and is_contiguous(geometry.sizes, geometry.strides):
-            untyped = self._storage(row.storage, geometry.storage_offset * itemsize, through * itemsize, unit)
-            return self._view(untyped, row, geometry._replace(storage_offset=0))
+            return torch.empty(geometry.sizes, dtype=carrier, device="cpu")
+
+        def viewed(untyped: Any, sizes: Sequence[int], strides: Sequence[int]) -> Any:
+            return torch.empty(0, dtype=carrier, device="cpu").set_(untyped, 0, sizes, strides)
+
         made: Any = None
         for piece in pieces(geometry, itemsize):
+            sizes, strides = piece.geometry.sizes, piece.geometry.strides
             if piece.runs:
-                flat = self._read_runs(row, piece.runs, piece.run_numel, unit)
-                part = self._view(flat, row, Geometry(0, piece.geometry.sizes, _row_major(piece.geometry.sizes)))
-                exact = True
+                part = viewed(self._read_runs(row, piece.runs, piece.run_numel, unit), sizes, _row_major(sizes))
             else:
                 start, extent = piece.geometry.storage_offset, hull(piece.geometry)
-                flat = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
-                part = self._view(flat, row, piece.geometry._replace(storage_offset=0))
-                # A stretch read through holds bytes that were not asked for; a hull without holes does not.
-                exact = extent <= count
+                part = viewed(self._storage(row.storage, start * itemsize, extent * itemsize, unit), sizes, strides)
+                if not piece.part and extent > count:
+                    part = part.contiguous()  # a stretch that was read through holds bytes that nobody asked for
             if not piece.part:
-                return part if exact else part.contiguous()
+                return part
             if made is None:
                 buffer = self._archive.backend.allocate(count * itemsize)
-                made = torch.frombuffer(buffer, dtype=dtype).view(geometry.sizes)
+                made = torch.frombuffer(buffer, dtype=carrier).view(geometry.sizes)
             target = made
             for cut in piece.part:
                 target = target.narrow(*cut)
@@ -466,19 +485,15 @@ class _Place:
         self.device: Any = None
         if where is None or (isinstance(where, str) and where == "cpu"):
             pass
-        elif isinstance(where, (str, torch.device, int)) and not isinstance(where, bool):
+        elif isinstance(where, (str, torch.device, int)):
             device = torch.device(where)
             self.device = None if device.type == "cpu" else device
         elif isinstance(where, dict):
             self._table = where
-        elif callable(where):
-            self._call = where
         else:
-            raise TypeError(f"map_location is a device, a dict, a callable or None, not {type(where).__name__}")
+            self._call = where
         self.is_meta = self.device is not None and self.device.type == "meta"
         self.dtype = options.dtype
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
         self.special = bool(self.device or self._call or self._table or self.dtype)
 
     def storage(self, untyped: Any, location: str) -> Any:
@@ -507,6 +522,11 @@ class _Place:
         return empty.set_(placed, made.storage_offset(), made.size(), made.stride())
 
     def cast(self, made: Any) -> Any:
+        """To the dtype that was asked for. Elements that many indices share, as expanded ones, are cast once."""
         if self.dtype is None or not made.dtype.is_floating_point:
             return made
-        return made.to(self.dtype)
+        extent = hull(Geometry(0, made.size(), made.stride()))
+        if made.numel() <= extent or self.is_meta:
+            return made.to(self.dtype)
+        flat = made.as_strided((extent,), (1,), made.storage_offset()).to(self.dtype)
+        return flat.as_strided(made.size(), made.stride(), 0)
