@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import zlib
 from array import array
@@ -92,6 +93,7 @@ def open(
     threads: int | None = None,
     limits: Limits | None = None,
     window: tuple[int, int] | None = None,
+    record: str = "data.pkl",
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
 
@@ -106,6 +108,7 @@ def open(
         threads: for large reads; by default the CPUs this process may use, at most 8, or ZIPSLICER_THREADS.
         limits: what the file may ask for before a tensor is touched.
         window: (offset, nbytes) of an archive inside a larger file.
+        record: the pickle to read, where an archive has several: TorchScript keeps its constants in "constants.pkl".
 
     Raises:
         OSError: the system cannot open or read it.
@@ -114,9 +117,10 @@ def open(
     if unknown not in ("placeholder", "error"):
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
     options = ReadOptions(map_location, dtype, cache_tensors, threads)
+    terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     bytes_in = open_source(source)
     try:
-        return Checkpoint(_view(bytes_in, options, unknown, dict(allow or {}), limits or Limits(), window))
+        return Checkpoint(_view(bytes_in, options, terms))
     except BaseException:
         bytes_in.close()
         raise
@@ -135,6 +139,7 @@ def load(
     threads: int | None = None,
     limits: Limits | None = None,
     window: tuple[int, int] | None = None,
+    record: str = "data.pkl",
 ) -> Any:
     """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
 
@@ -155,41 +160,38 @@ def load(
         threads=threads,
         limits=limits,
         window=window,
+        record=record,
     ).root
 
 
-def _view(
-    source: ByteSource,
-    options: ReadOptions,
-    unknown: str,
-    allow: dict[str, Any],
-    limits: Limits,
-    window: tuple[int, int] | None,
-) -> View:
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """What open() was told of the file, as against what comes out of it."""
+
+    unknown: str
+    allow: Mapping[str, Any]
+    limits: Limits
+    window: tuple[int, int] | None
+    record: str
+
+
+def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     """The steps: source -> archive -> program -> table."""
-    archive = Archive(source, _BACKEND, limits, window)
+    archive = Archive(source, _BACKEND, terms.limits, terms.window)
     swapped = _is_swapped(archive)
-    program = run_program(archive, limits, unknown=unknown, allow=allow)
-    table = TensorTable(program, archive, swapped)
-    recipe = None
+    program = run_program(archive, terms.limits, record=terms.record, unknown=terms.unknown, allow=terms.allow)
+    table = TensorTable(program, archive, swapped, terms.record.removesuffix(".pkl"))
+    again = None
     if source.path is not None:
-        recipe = (_reopen, (source.path, options, unknown, allow, limits, window, zlib.crc32(archive.block)))
-    return View(table, options, recipe)
+        again = (_reopen, (source.path, options, terms, zlib.crc32(archive.block)))
+    return View(table, options, again)
 
 
-def _reopen(
-    path: str,
-    options: ReadOptions,
-    unknown: str,
-    allow: dict[str, Any],
-    limits: Limits,
-    window: tuple[int, int] | None,
-    crc: int,
-) -> View:
+def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
     """Unpickle: the same file at the same path, known by its directory."""
     source = open_source(path)
     try:
-        view = _view(source, options, unknown, allow, limits, window)
+        view = _view(source, options, terms)
         if zlib.crc32(view.table.archive.block) != crc:
             raise ChangedError("the file at this path is not the one that was pickled", path=path)
         return view

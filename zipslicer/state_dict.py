@@ -591,7 +591,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             return None
         for key, position in self._slots.items():
             info = None if position < 0 or not table.is_tensor(position) else self.get_meta(key)
-            if info is not None and error.record.endswith(f"/data/{info.storage_key}"):
+            if info is not None and error.record.endswith(f"/{table.folder}/{info.storage_key}"):
                 return key
         return None
 

@@ -148,10 +148,11 @@ class TensorTable:
     Safe for concurrent use: what is filled in on touch is the same whoever does it.
     """
 
-    def __init__(self, program: Program, archive: Archive, swapped: bool) -> None:
+    def __init__(self, program: Program, archive: Archive, swapped: bool, folder: str = "data") -> None:
         self.program = program
         self.archive = archive
         self.swapped = swapped  # the file's byte order is not this host's
+        self.folder = folder  # of the records that hold the storages: that of X.pkl is X
         self._records: list[int] | None = None
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
         self.direct: list[int] = [-1] * program.storage_count
@@ -180,7 +181,7 @@ class TensorTable:
     def record_number(self, storage: int) -> int:
         """The record of a storage, -1 if there is none. All are looked up at once, on first touch."""
         if self._records is None:
-            self._records = self.archive.find([f"data/{key}" for key in self.program.storage_keys])
+            self._records = self.archive.find([f"{self.folder}/{key}" for key in self.program.storage_keys])
         return self._records[storage]
 
     def record(self, storage: int) -> int:
@@ -193,7 +194,8 @@ class TensorTable:
         archive, record = self.archive, self.record_number(storage)
         if record < 0:
             raise ArchiveError(
-                f"the archive has no record 'data/{self.program.storage_keys[storage]}'", path=archive.source.path
+                f"the archive has no record '{self.folder}/{self.program.storage_keys[storage]}'",
+                path=archive.source.path,
             )
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
         if has != wants and not 0 < has - wants < self.dtype(self.storage_dtype(storage)).itemsize:
