@@ -810,11 +810,12 @@ Value Machine::global(Value module, Value name) {
     const std::uint32_t* action = actions_.find(letters(module.index()), letters(name.index()));
     if (action == nullptr && limits_.refuse_unknown) {
       const std::string dotted = std::string(letters(module.index())).append(".").append(letters(name.index()));
-      Error error(
-          Blame::unsafe, at_,
-          "the file names " + dotted +
-              ", which policy does not know; nothing of it was run. Leave out unknown='error' to read the file with "
-              "an inert placeholder in its place");
+      std::string shown = dotted;
+      std::replace(shown.begin(), shown.end(), '\0', '?');  // what() ends at the first
+      Error error(Blame::unsafe, at_,
+                  "the file names " + shown +
+                      ", which policy does not know; nothing of it was run. Leave out "
+                      "unknown='error' to read the file with an inert placeholder in its place");
       error.global_name = dotted;
       throw error;
     }
@@ -1079,7 +1080,8 @@ std::int64_t Machine::extent(const Storage& storage, std::uint32_t itemsize, std
   if (empty) {
     return 0;
   }
-  if (last >= storage.nbytes / itemsize) {  // as (last + 1) * itemsize > nbytes, without a product that may wrap
+  if (itemsize != 0 &&
+      last >= storage.nbytes / itemsize) {  // as (last + 1) * itemsize > nbytes, without a product that may wrap
     fail_table("a tensor reaches past element " + std::to_string(last) + " of storage " + quoted(letters(storage.key)) +
                ", which has " + std::to_string(storage.nbytes) + " bytes of " + std::to_string(itemsize) +
                " an element");

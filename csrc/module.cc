@@ -44,9 +44,9 @@ const char* class_of(Blame blame) {
   return "ZipSlicerError";
 }
 
-// Names out of the file are any bytes.
-py::object decoded(const std::string& text) {
-  PyObject* made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace");
+// Names out of the file are any bytes in a message; a global's name is UTF-8 in which surrogates may be encoded.
+py::object decoded(const std::string& text, const char* errors = "backslashreplace") {
+  PyObject* made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), errors);
   if (made == nullptr) {
     throw py::error_already_set();
   }
@@ -60,7 +60,7 @@ void set_error(const Error& error) {
     where["offset"] = error.offset;
   }
   if (error.blame == Blame::unsafe) {
-    where["global_name"] = decoded(error.global_name);
+    where["global_name"] = decoded(error.global_name, "surrogatepass");
   }
   PyErr_SetObject(type.ptr(), type(decoded(error.what()), **where).ptr());
 }

@@ -111,17 +111,21 @@ std::string_view letters(PyObject* text, std::string* keep) {
   return *keep;
 }
 
-// Copies the table: with the GIL released, other threads may change it.
-Actions actions_of(const py::dict& table) {
+// Copies the table: with the GIL released, or without one, other threads may change it.
+Actions actions_of(const py::object& mapping) {
+  const auto table = py::reinterpret_borrow<py::dict>(owned(PyDict_Copy(py::dict(mapping).ptr())));
   Actions actions(table.size());
   std::string keep[2];
   for (const auto& [key, value] : table) {
     if (PyTuple_CheckExact(key.ptr()) == 0 || PyTuple_GET_SIZE(key.ptr()) != 2) {
       throw py::type_error("the keys of actions must be pairs of strings");
     }
-    const unsigned long action = PyLong_AsUnsignedLong(value.ptr());
+    const unsigned long long action = PyLong_AsUnsignedLongLong(value.ptr());
     if (PyErr_Occurred() != nullptr) {
       throw py::error_already_set();
+    }
+    if (action > 0xFFFFFFFF) {
+      throw py::value_error("an action has 32 bits");
     }
     actions.add(letters(PyTuple_GET_ITEM(key.ptr(), 0), &keep[0]), letters(PyTuple_GET_ITEM(key.ptr(), 1), &keep[1]),
                 static_cast<std::uint32_t>(action));
@@ -143,7 +147,7 @@ py::tuple scan_pickle_to_python(const py::object& program, const py::object& act
   // Whatever is not bytes may change under us while the GIL is released: it is copied first.
   const py::object fixed = PyBytes_CheckExact(program.ptr()) != 0 ? program : owned(PyBytes_FromObject(program.ptr()));
   const Span bytes(PyBytes_AS_STRING(fixed.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(fixed.ptr())));
-  const Actions known = actions_of(py::dict(actions));
+  const Actions known = actions_of(actions);
   const Limits checked = limits_of(limits);
   const Graph graph = [&] {
     const py::gil_scoped_release released;
