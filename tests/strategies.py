@@ -1,8 +1,8 @@
 """Strategies: pickles and archives as no writer would make them, of which about a third is bad on purpose.
 
-A program is built from values, so that most of it means something: a value is the bytes that push it on the stack. What
-is drawn without a thought for meaning (memo slots that were never written, tuples as keys, strange states) is what two
-implementations are most likely to see differently. `damaged` then spoils bytes anywhere.
+A program is built from values: a value is the bytes that push it on the stack. Sound ones mean something, all of them;
+wild ones are drawn without a thought for meaning (memo slots that were never written, lists as keys, strange states),
+which is where two implementations are most likely to part. `damaged` then spoils bytes anywhere.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ SMALL = st.integers(0, 4)
 TEXTS = st.one_of(st.sampled_from(["", "a", "storage", "cpu", "0", "conj"]), st.text(max_size=8))
 RAW = st.one_of(st.binary(max_size=8), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
 SLOTS = st.sampled_from([0, 1, 2, 3, 255, 256, (1 << 31) - 1, (1 << 32) - 1])
+
+
+def rarely(times: int) -> st.SearchStrategy[bool]:
+    """True once in so many times. Integers and one_of would lean to their ends, and merge what is equal."""
+    return st.sampled_from([False] * (times - 1) + [True])
 
 
 def piece(write: Callable[[Pickle], Any]) -> bytes:
@@ -136,47 +141,55 @@ def tensors(draw: Draw) -> bytes:
 @st.composite
 def composites(draw: Draw, values: st.SearchStrategy[bytes]) -> bytes:
     """A value with parts."""
-    parts = draw(st.lists(values, max_size=4))
-    first, second, third = (draw(values) for _ in range(3))
-    all_of = b"".join(parts)
-    pairs = b"".join(draw(atoms()) + part for part in parts)
+
+    def one() -> bytes:
+        return bytes(draw(values))
+
+    def all_of() -> bytes:
+        return b"".join(draw(st.lists(values, max_size=4)))
+
+    def pairs() -> bytes:
+        return b"".join(draw(atoms()) + part for part in draw(st.lists(values, max_size=4)))
+
     module, name = draw(st.sampled_from(NAMES))
     callee = piece(lambda p: p.name(module, name))
     slot = draw(SLOTS)
     written = (
-        b"(" + all_of + b"t",
-        first + b"\x85",
-        first + second + b"\x86",
-        first + second + third + b"\x87",
-        b"](" + all_of + b"e",
-        b"]" + first + b"a",
-        b"(" + all_of + b"l",
-        b"}(" + pairs + b"u",
-        b"}" + draw(atoms()) + second + b"s",
-        b"(" + pairs + b"d",
-        b"}" + first + second + b"s",
-        b"\x8f(" + all_of + b"\x90",
-        b"(" + all_of + b"\x91",
-        callee + b"(" + all_of + b"tR",
-        callee + first + b"R",
-        callee + b"(" + all_of + b"t\x81",
-        callee + b")" + b"}(" + pairs + b"u" + b"\x92",
-        callee + b")R" + first + b"b",
-        callee + b")\x81(" + all_of + b"e",
-        callee + b")\x81(" + pairs + b"u",
-        piece(lambda p: p.ordered_dict()) + b"(" + pairs + b"u" + b"}(" + pairs + b"ub",
-        piece(lambda p: p.name("collections", "OrderedDict")) + b"(](" + first + second + b"\x86etR",
-        piece(lambda p: p.name("torch._tensor", "_rebuild_from_type_v2")) + b"(" + all_of + b"tR",
+        lambda: b"(" + all_of() + b"t",
+        lambda: one() + b"\x85",
+        lambda: one() + one() + b"\x86",
+        lambda: one() + one() + one() + b"\x87",
+        lambda: b"](" + all_of() + b"e",
+        lambda: b"]" + one() + b"a",
+        lambda: b"(" + all_of() + b"l",
+        lambda: b"}(" + pairs() + b"u",
+        lambda: b"}" + draw(atoms()) + one() + b"s",
+        lambda: b"(" + pairs() + b"d",
+        lambda: b"}" + one() + one() + b"s",
+        lambda: b"\x8f(" + all_of() + b"\x90",
+        lambda: b"(" + all_of() + b"\x91",
+        lambda: callee + b"(" + all_of() + b"tR",
+        lambda: callee + one() + b"R",
+        lambda: callee + b"(" + all_of() + b"t\x81",
+        lambda: callee + b")" + b"}(" + pairs() + b"u" + b"\x92",
+        lambda: callee + b")R" + one() + b"b",
+        lambda: callee + b")\x81(" + all_of() + b"e",
+        lambda: callee + b")\x81(" + pairs() + b"u",
+        lambda: piece(lambda p: p.ordered_dict()) + b"(" + pairs() + b"u" + b"}(" + pairs() + b"ub",
+        lambda: piece(lambda p: p.name("collections", "OrderedDict")) + b"(](" + one() + one() + b"\x86etR",
+        lambda: piece(lambda p: p.name("torch._tensor", "_rebuild_from_type_v2")) + b"(" + all_of() + b"tR",
         # A container that holds itself: memo first, then its own items.
-        b"]" + piece(lambda p: p.put(slot)) + b"(" + all_of + piece(lambda p: p.get(slot)) + b"e",
-        b"}" + piece(lambda p: p.put(slot)) + b"(" + pairs + b"K\1" + piece(lambda p: p.get(slot)) + b"u",
-        first + second + b"0",
-        first + b"(" + all_of + b"1",
-        first + b"2\x86",
-        b"(" + all_of + b"tQ",
-        first + draw(st.sampled_from([b"R", b"b", b"s", b"a", b"t", b"e", b"u", b"Q", b"0", b"1", b"d", b"\x93"])),
+        lambda: b"]" + piece(lambda p: p.put(slot)) + b"(" + all_of() + piece(lambda p: p.get(slot)) + b"e",
+        lambda: b"}" + piece(lambda p: p.put(slot)) + b"(" + pairs() + b"K\1" + piece(lambda p: p.get(slot)) + b"u",
+        lambda: one() + one() + b"0",
+        lambda: one() + b"(" + all_of() + b"1",
+        lambda: one() + b"2\x86",
+        lambda: b"(" + all_of() + b"tQ",
+        lambda: (
+            one() + draw(st.sampled_from([b"R", b"b", b"s", b"a", b"t", b"e", b"u", b"Q", b"0", b"1", b"d", b"\x93"]))
+        ),
     )
-    return bytes(draw(st.sampled_from(written)))
+    return bytes(draw(st.sampled_from(written))())
 
 
 @st.composite
@@ -232,21 +245,182 @@ def spoil(content: bytes, mutations: list[tuple[str, int, int]]) -> bytes:
     return bytes(made)
 
 
-def damaged(contents: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+@st.composite
+def damaged(draw: Draw, contents: st.SearchStrategy[bytes]) -> bytes:
     """A third spoiled, the rest left as it was drawn."""
-    whole = st.one_of(contents, contents)
-    return st.one_of(whole, whole, st.builds(spoil, contents, MUTATIONS))
+    content = draw(contents)
+    return spoil(content, draw(MUTATIONS)) if draw(rarely(3)) else content
+
+
+# The sound ones. Four values stand in the memo before the first of them is read.
+
+SHARED = ([b"]", b"}", b"X\1\0\0\0s", b"K\1K\2\x86"], [0, 1, 255, 256])
+PRELUDE = b"".join(
+    value + piece(lambda p, slot=slot: p.put(slot)) + b"0"  # type: ignore[misc]
+    for value, slot in zip(*SHARED, strict=True)
+)
+CALLABLES = (
+    ("os", "system"),
+    ("builtins", "set"),
+    ("torch", "Size"),
+    ("torch", "Tensor"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("ünïcode", "näme.of.parts"),
+)
+CALLEES = st.sampled_from(CALLABLES).map(lambda names: piece(lambda p: p.name(*names)))
+INT64S = st.one_of(st.integers(-2, 300), st.integers(-(1 << 63), (1 << 63) - 1))
+WORDS = st.one_of(st.sampled_from(["", "a", "b"]), st.text(max_size=8))
+ENCODED = WORDS.map(lambda text: text.encode("utf-8", "surrogatepass"))
+SOUND_STORAGES = ("FloatStorage", "IntStorage", "ByteStorage", "ComplexFloatStorage", "UntypedStorage")
+
+
+@st.composite
+def keys(draw: Draw) -> bytes:
+    """What can be a dict key."""
+    word, number = draw(WORDS), draw(INT64S)
+    written = (
+        lambda: piece(lambda p: p.text(word)),
+        lambda: piece(lambda p: p.integer(number)),
+        lambda: sized(b"C", "<B", word.encode("utf-8", "surrogatepass")),
+        lambda: piece(lambda p: p.real(draw(st.floats()))),
+        lambda: piece(lambda p: p.text(word).integer(number).raw(b"\x86")),
+        lambda: b"N",
+        lambda: draw(CALLEES),
+        lambda: draw(CALLEES) + b")R",
+    )
+    return bytes(draw(st.sampled_from(written))())
+
+
+@st.composite
+def sound_atoms(draw: Draw) -> bytes:
+    encoded, number = draw(ENCODED), draw(st.one_of(INT64S, st.sampled_from([1 << 63, -(1 << 70), 1 << 500])))
+    digits = number.to_bytes(number.bit_length() // 8 + draw(st.integers(1, 3)), "little", signed=True)
+    cls = draw(st.sampled_from(SOUND_STORAGES))
+    numel = draw(SMALL)
+    written = (
+        lambda: draw(st.sampled_from([b"N", b"\x88", b"\x89", b")", b"]", b"}", b"\x8f", b"I00\n", b"I01\n"])),
+        lambda: draw(keys()),
+        lambda: sized(b"\x8a", "<B", digits),
+        lambda: sized(b"\x8b", "<i", digits),
+        lambda: b"I%d\n" % number,
+        lambda: b"L%dL\n" % number,
+        lambda: sized(draw(st.sampled_from([b"\x8c", b"C", b"U"])), "<B", encoded),
+        lambda: sized(draw(st.sampled_from([b"X", b"B"])), "<I", encoded),
+        lambda: sized(draw(st.sampled_from([b"\x8d", b"\x8e", b"\x96"])), "<Q", encoded),
+        lambda: sized(b"T", "<i", draw(st.binary(max_size=8))),
+        lambda: piece(lambda p: p.get(draw(st.sampled_from(SHARED[1])))),
+        lambda: piece(lambda p: p.storage(cls, f"{cls}{numel}", numel, draw(WORDS))),
+    )
+    return bytes(draw(st.sampled_from(written))())
+
+
+@st.composite
+def sound_tensors(draw: Draw) -> bytes:
+    """A tensor that lies in its storage, whose key tells class and size."""
+    cls = draw(st.sampled_from(SOUND_STORAGES))
+    version = draw(st.sampled_from([3] if cls == "UntypedStorage" else [1, 2, 2, 2]))
+    dtype = draw(st.sampled_from(DTYPES))
+    size = draw(st.lists(SMALL, max_size=3))
+    stride = [draw(SMALL) for _ in size]
+    offset = draw(SMALL)
+    reach = offset + sum(max(n - 1, 0) * step for n, step in zip(size, stride, strict=True)) + 1
+    numel = reach * 8 + draw(SMALL)
+    is_complex = cls == "ComplexFloatStorage" or (version == 3 and dtype == "complex64")
+    differentiable = is_complex or cls == "FloatStorage" or (version == 3 and dtype not in ("uint16", "int64"))
+    bits = {"neg": draw(st.booleans()), **({"conj": draw(st.booleans())} if is_complex else {})}
+    return piece(
+        lambda p: p.tensor(
+            cls,
+            f"{cls}{numel}",
+            numel,
+            size=size,
+            stride=stride,
+            storage_offset=offset,
+            version=version,
+            dtype=dtype,
+            requires_grad=differentiable and draw(st.booleans()),
+            metadata=draw(st.sampled_from([None, bits])) if version > 1 else None,
+        )
+    )
+
+
+@st.composite
+def sound_composites(draw: Draw, values: st.SearchStrategy[bytes]) -> bytes:
+    """A value with parts, each of a kind that may stand there."""
+
+    def one() -> bytes:
+        return bytes(draw(values))
+
+    def all_of() -> bytes:
+        return b"".join(draw(st.lists(values, max_size=4)))
+
+    def pairs() -> bytes:
+        return b"".join(draw(keys()) + part for part in draw(st.lists(values, max_size=4)))
+
+    def typed() -> bytes:
+        """A tensor with a class and attributes of its own: its function and arguments as values."""
+        tensor = draw(sound_tensors())
+        function = tensor.index(b"\n", tensor.index(b"\n") + 1) + 1
+        return bytes(retyped + b"(" + tensor[:function] + callee + tensor[function:-1] + one() + b"tR")
+
+    callee = draw(CALLEES)
+    ordered = piece(lambda p: p.ordered_dict())
+    retyped = piece(lambda p: p.name("torch._tensor", "_rebuild_from_type_v2"))
+    written = (
+        lambda: b"(" + all_of() + b"t",
+        lambda: one() + b"\x85",
+        lambda: one() + one() + b"\x86",
+        lambda: one() + one() + one() + b"\x87",
+        lambda: b"](" + all_of() + b"e",
+        lambda: b"]" + one() + b"a",
+        lambda: b"(" + all_of() + b"l",
+        lambda: b"}(" + pairs() + b"u",
+        lambda: b"}" + draw(keys()) + one() + b"s",
+        lambda: b"(" + pairs() + b"d",
+        lambda: b"\x8f(" + b"".join(draw(st.lists(keys(), max_size=4))) + b"\x90",
+        lambda: b"(" + b"".join(draw(st.lists(keys(), max_size=4))) + b"\x91",
+        lambda: callee + b"(" + all_of() + b"tR",
+        lambda: callee + b"(" + all_of() + b"tR" + one() + b"b",
+        lambda: callee + b"(" + all_of() + b"t\x81(" + pairs() + b"u",
+        lambda: callee + b")}(" + pairs() + b"u\x92(" + all_of() + b"e" + one() + b"b",
+        lambda: callee + b")R)R",
+        lambda: ordered + b"(" + pairs() + b"u" + b"}(" + pairs() + b"ub",
+        lambda: piece(lambda p: p.name("collections", "OrderedDict")) + b"(](](" + draw(keys()) + one() + b"eetR",
+        typed,
+        lambda: retyped + b"(" + callee + callee + one() + one() + b"tR",
+        # Containers that hold themselves: in the memo before their own items.
+        lambda: b"]r\0\1\1\0(" + all_of() + b"j\0\1\1\0e",
+        lambda: b"}r\0\1\1\0(" + pairs() + b"K\1j\0\1\1\0u",
+        lambda: b"(]r\0\1\1\0j\0\1\1\0\x85" + b"t",
+        lambda: one() + one() + b"0",
+        lambda: one() + b"(" + all_of() + b"1",
+        lambda: one() + b"2\x86",
+    )
+    return bytes(draw(st.sampled_from(written))())
+
+
+SOUND_VALUES = st.recursive(
+    st.one_of(sound_atoms(), sound_tensors()).map(lambda value: value + b"\x94"),
+    sound_composites,
+    max_leaves=12,
+)
 
 
 @st.composite
 def programs(draw: Draw) -> bytes:
-    """A whole pickle."""
-    head = draw(st.sampled_from([b"\x80\2", b"\x80\2", b"\x80\4", b"\x80\6", b""]))
+    """A whole pickle: four in five sound, one wild."""
+    if not draw(rarely(5)):
+        body = draw(SOUND_VALUES)
+        if draw(st.booleans()):
+            body += draw(SOUND_VALUES) + b"\x86"
+        body = draw(st.sampled_from([b"\x80\2", b"\x80\5"])) + PRELUDE + body + b"."
+        return bytes(body)
     body = draw(VALUES)
     if draw(st.booleans()):
         body = b"(" + body + draw(VALUES) + b"t"
-    if draw(st.integers(0, 9)) == 0:
+    if draw(rarely(10)):
         body = b"\x95" + struct.pack("<Q", len(body) + draw(st.integers(-1, 2))) + body
+    head = draw(st.sampled_from([b"\x80\2", b"\x80\2", b"\x80\4", b"\x80\6", b""]))
     return bytes(head + body + draw(st.sampled_from([b".", b".", b".", b"", b".junk"])))
 
 
@@ -257,10 +431,14 @@ OPCODES = st.one_of(
 )
 OPCODE_SOUP = st.lists(OPCODES, max_size=30).map(b"".join)
 
-LIMITS = st.one_of(
-    st.just((1000, 64, 1 << 16, 1 << 16, 4096)),
-    st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 24), st.integers(0, 8), st.integers(0, 2)),
-).flatmap(lambda limits: st.booleans().map(lambda refuse: (*limits, refuse)))
+FULL = (1000, 64, 1 << 16, 1 << 16, 4096)
+
+
+@st.composite
+def machine_limits(draw: Draw) -> tuple[Any, ...]:
+    """Mostly the usual ones, else some that a small program passes."""
+    small = st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 24), st.integers(0, 8), st.integers(0, 2))
+    return (*(draw(small) if draw(rarely(6)) else FULL), draw(rarely(10)))
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------
@@ -295,7 +473,7 @@ def bends(layout: makers.Layout) -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def archives(draw: Draw, spoiled: bool = True) -> Drawn:
     """An archive by the writer of makers.py; each kind of oddity is rare, so that most archives are right."""
-    odd = draw(st.integers(0, 2)) == 0 if spoiled else False
+    odd = spoiled and draw(rarely(3))
     prefix = draw(
         st.sampled_from(["archive/", "archive/", "a b.c/", "é/", "x/y/", "", "/", "./"] if odd else ["archive/", "é/"])
     )
@@ -323,7 +501,7 @@ def archives(draw: Draw, spoiled: bool = True) -> Drawn:
             local_extra=draw(EXTRAS),
             **keywords,
         )
-        if odd and draw(st.integers(0, 9)) == 0:
+        if odd and draw(rarely(10)):
             archive.raw(draw(st.binary(max_size=20)))
     ends: dict[str, Any] = {}
     if odd:
@@ -340,7 +518,7 @@ def archives(draw: Draw, spoiled: bool = True) -> Drawn:
         **ends,
     )
     data = written.data
-    if spoiled and draw(st.integers(0, 3)) == 0:
+    if spoiled and draw(rarely(4)):
         mutations = draw(MUTATIONS)
         split = draw(st.sampled_from([0, written.directory_offset, written.end_offset]))
         data = data[:split] + spoil(data[split:], mutations)
