@@ -123,7 +123,7 @@ class Column {
     if (n > SIZE_MAX / sizeof(T) / 4 - before) {
       throw std::bad_alloc();
     }
-    const std::size_t room = std::max({before + n, 2 * before, std::size_t{8}});
+    const std::size_t room = std::max(before + n, 2 * before);
     T* const moved = static_cast<T*>(arena_->take(room * sizeof(T)));
     if (before != 0) {
       std::memcpy(moved, begin_, before * sizeof(T));
