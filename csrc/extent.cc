@@ -637,6 +637,11 @@ Memory::~Memory() { std::free(data_); }
 #else
 namespace {
 
+// Every mapping takes one of the 65,530 that vm.max_map_count allows a process, and at the limit even malloc fails. So
+// from half of them on memory comes from malloc, whose neighbours the kernel merges, on small pages.
+constexpr int kMaxMappings = 32000;
+std::atomic<int> mappings{0};
+
 std::size_t rounded_up(std::size_t nbytes, std::size_t to) { return (nbytes + to - 1) / to * to; }
 
 // Fresh anonymous pages that begin at a multiple of a huge page, or null. Over-mapped and trimmed: kernels before 6.7
@@ -664,14 +669,15 @@ Memory::Memory(std::size_t nbytes) : nbytes_(nbytes) {
   // Rounded to pages only: what follows the last whole huge page cannot become one, so nothing is held but what is
   // used.
   const std::size_t mapped = rounded_up(nbytes, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
-  if (nbytes <= mapped && mapped < SIZE_MAX / 2) {
+  if (nbytes <= mapped && mapped < SIZE_MAX / 2 && mappings.load(std::memory_order_relaxed) < kMaxMappings) {
     data_ = static_cast<unsigned char*>(map_aligned(mapped));
   }
   if (data_ != nullptr) {
+    mappings.fetch_add(1, std::memory_order_relaxed);
     mapped_ = mapped;
     return;
   }
-  data_ = static_cast<unsigned char*>(std::malloc(nbytes));  // vm.max_map_count is reached, or memory is short
+  data_ = static_cast<unsigned char*>(std::malloc(nbytes));
   if (data_ == nullptr) {
     throw std::bad_alloc();
   }
@@ -680,6 +686,7 @@ Memory::Memory(std::size_t nbytes) : nbytes_(nbytes) {
 Memory::~Memory() {
   if (mapped_ != 0) {
     ::munmap(data_, mapped_);
+    mappings.fetch_sub(1, std::memory_order_relaxed);
   } else {
     std::free(data_);
   }
