@@ -331,7 +331,7 @@ class Machine:
                 continue
             numel *= n
             last += (n - 1) * step
-        # Compared once at the end, in integers that cannot wrap. The C++ side does the same in 128 bits, step by step.
+        # Compared once at the end, in integers that cannot wrap. The C++ side stops at the first step that would.
         if numel > INT64_MAX or last > INT64_MAX:
             raise TableError("a tensor's extent passes 2**63 - 1 elements", offset=at)
         if empty:
