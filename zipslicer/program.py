@@ -38,6 +38,8 @@ from .policy import (
 __all__ = ["MISSING", "Builder", "Program", "Special", "run_program"]
 
 MISSING: Any = object()  # no such object yet, or no such part
+SMALL_COPY = 256  # items or bytes: "latin1" is an argument of thousands of calls
+FREE_COPIES = 1 << 16  # of one larger value, that calls may take more than once; an honest file has one for each call
 MAX_MADE_KEYS = 4096  # Python hashes complex numbers and ranges without a secret: thousands can be made to collide
 CALLABLE, ARGS, KWARGS, STATE, PARTS = range(5)  # the children of a CALL or OBJECT, before its items
 
@@ -65,6 +67,7 @@ class Program:
         self.tensor_count = len(graph.tensors) // (8 * TENSOR_FIELDS)
         self.storage_count = len(self.storages) // STORAGE_FIELDS
         self._allow = allow
+        self._names: dict[int, tuple[str, str]] = {}
         self._with_tensors: bytearray | None = None
         self._meanings = [meaning_of(module, name) for module, name in graph.globals]
 
@@ -199,12 +202,17 @@ class Program:
 
     def called_name(self, node: int) -> tuple[str, str]:
         """The (module, name) that a CALL or OBJECT calls; of the innermost one where the result of a call is called."""
-        for _ in range(self.node_count):
+        chain = []
+        while node not in self._names:
+            chain.append(node)
             start, _ = self.span(node)
             if self.kinds[start] == Kind.GLOBAL:
-                return self.globals[self.payloads[start]]
+                self._names[node] = self.globals[self.payloads[start]]
+                break
             node = self.payloads[start]
-        raise AssertionError("a callable made of itself")
+        found = self._names[node]
+        self._names.update(dict.fromkeys(chain, found))  # so that no chain is followed for each of its links
+        return found
 
 
 def check_keys(keys: Sequence[Any]) -> None:
@@ -240,6 +248,7 @@ class Builder:
         self.leaves: dict[tuple[int, int], Any] = {}
         self.seen: set[int] = set()
         self.waiting: list[int] = []
+        self.copied: dict[int, int] = {}  # items or bytes that calls have copied, by id of the value they took
 
     def adopt(self, node: int, made: Any) -> None:
         """Let an object stand for a node, whatever the file has there."""
@@ -300,6 +309,12 @@ class Builder:
             if made is MISSING:
                 made = self.leaves[kind, payload] = self.program.global_value(payload, self.special)
             return made
+        if kind == Kind.BYTEARRAY:  # mutable, and so shared where the file shares it
+            source = self.program.blobs[payload]
+            made = self.leaves.get((kind, id(source)), MISSING)
+            if made is MISSING:
+                made = self.leaves[kind, id(source)] = self.program.scalar(position)
+            return made
         return None if kind == Kind.ABSENT else self.program.scalar(position)
 
     def values(self, start: int, end: int) -> list[Any]:
@@ -356,16 +371,29 @@ class Builder:
         cls = program.allowed(node)
         if cls is not MISSING:
             return cls(*args, **kwargs) if program.kind(node) == Kind.CALL else cls.__new__(cls, *args, **kwargs)
-        meaning = program.meaning(node)
+        meaning, state = program.meaning(node), None
         name = program.called_name(node)[1]
         if meaning <= Meaning.LAST_PLAIN:
             made = construct(meaning, args)
         else:
-            state = self.value(start + STATE) if program.kinds[start + STATE] != Kind.ABSENT else None
+            if program.kinds[start + STATE] != Kind.ABSENT:
+                state = self.value(start + STATE)
             made = self.special(meaning, name, args, state)
         if made is NOT_PLAIN:
-            made = Placeholder(Description(*program.called_name(node), called=True))
+            return Placeholder(Description(*program.called_name(node), called=True))
+        self.count_copies(args)
+        if meaning >= Meaning.NUMPY_ARRAY and type(state) is tuple:
+            self.count_copies(state)
         return made
+
+    def count_copies(self, taken: Sequence[Any]) -> None:
+        """A few bytes can call set() on one list of millions, over and over. Raises: ProgramError."""
+        for value in taken:
+            if isinstance(value, (str, bytes, bytearray, list, tuple, dict)) and len(value) > SMALL_COPY:
+                before = self.copied.get(id(value), 0)
+                self.copied[id(value)] = before + len(value)
+                if before and before + len(value) > FREE_COPIES:
+                    raise ProgramError("one large value is taken by call after call: the file would fill the memory")
 
     def fill(self, node: int) -> None:
         """Put the items of a mutable object into it; if one of them does not stand yet, wait for the end."""

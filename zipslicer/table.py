@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .archive import Archive
-from .backend import FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
+from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
 from .errors import ArchiveError, TableError
 from .plan import Geometry, is_contiguous, numel
 from .policy import DTYPES, NOT_PLAIN, Dtype, Meaning
@@ -23,6 +23,7 @@ ROW = struct.Struct(f"={TENSOR_FIELDS}q")
 ROW_NBYTES = ROW.size
 UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
 NAME_ROOM = 256  # characters of names for each value of the file; flat state dicts have two values a tensor
+NO_GRAD = "a Parameter of this dtype cannot require grad"
 TOO_LONG = "the names of the tensors are far longer than the file: long keys are nested over and over"
 TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
 
@@ -235,6 +236,8 @@ class TensorTable:
         inner = self.leaf(start)
         assert inner is not None
         grad = program.kinds[start + 1] == Kind.TRUE
+        if grad and not self.dtype(self.row(inner.number).dtype).traits & DIFFERENTIABLE:
+            raise TableError(NO_GRAD, path=self.archive.source.path)
         return Leaf(inner.number, True, grad, start + 3 if stateful else inner.attributes, inner.cls)
 
     def _class_name(self, position: int) -> str | None:

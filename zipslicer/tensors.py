@@ -14,10 +14,11 @@ from typing import Any
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
+from .errors import TableError
 from .plan import Geometry, hull, index, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning
 from .program import Builder
-from .table import ROW, ROW_NBYTES, Leaf, Row, TensorTable
+from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "TensorReader", "default_threads"]
 
@@ -398,9 +399,11 @@ def special_value(torch: Any, meaning: int, name: str, args: Sequence[Any], stat
         return getattr(torch, name.removeprefix("torch."), NOT_PLAIN) if not args else NOT_PLAIN
     if meaning == Meaning.SIZE and len(args) == 1 and isinstance(args[0], (tuple, list)):
         return torch.Size(args[0]) if all(type(n) is int and -1 << 63 <= n < 1 << 63 for n in args[0]) else NOT_PLAIN
-    if meaning == Meaning.DEVICE and args:
+    if meaning == Meaning.DEVICE and 1 <= len(args) <= 2 and type(args[0]) is str:
+        if any(type(index) is not int or not 0 <= index < 128 for index in args[1:]):  # torch keeps it in 8 bits
+            return NOT_PLAIN
         try:
-            return torch.device(*args) if type(args[0]) is str and all(type(a) is int for a in args[1:2]) else NOT_PLAIN
+            return torch.device(*args)
         except RuntimeError:  # a device type that this torch does not know
             return NOT_PLAIN
     if meaning == Meaning.LAYOUT and len(args) == 1 and type(args[0]) is str:
@@ -411,6 +414,8 @@ def special_value(torch: Any, meaning: int, name: str, args: Sequence[Any], stat
     if meaning in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
         stateful = meaning == Meaning.PARAMETER_WITH_STATE
         if len(args) == 3 + stateful and isinstance(args[0], torch.Tensor) and type(args[1]) is bool:
+            if args[1] and not (args[0].is_floating_point() or args[0].is_complex()):
+                raise TableError(NO_GRAD)
             made = torch.nn.Parameter(args[0].detach(), args[1])
             made.__dict__.update(args[0].__dict__)
             return _with_attributes(torch, made, args[3] if stateful else None)

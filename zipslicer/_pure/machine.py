@@ -776,7 +776,8 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
         elif kind is bytes or kind is bytearray:
             kind_add(BYTES if kind is bytes else BYTEARRAY)
             payload_add(len(blobs))
-            blobs.append(bytes(value))
+            number = ids.setdefault(id(value), len(blobs))  # met again, it is not copied again
+            blobs.append(bytes(value) if number == len(blobs) else blobs[number])
         elif kind is Global:
             kind_add(GLOBAL)
             number = ids.get(id(value))
