@@ -373,7 +373,7 @@ void read_records_of(const py::object& handle, const py::object& stamp, const py
   });
 }
 
-// The hot path: read_record of small tensors in a loop. Not wrapped by pybind11, which would double its cost.
+// The hot path, called once a small tensor. Not wrapped by pybind11, which would add 0.16 us to 1.1 us.
 py::object read_record_of(PyObject* const* arguments) {
   const py::handle handle = arguments[0];
   Stamp opened;
