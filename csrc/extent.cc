@@ -25,10 +25,9 @@ namespace zipslicer {
 namespace {
 
 constexpr std::size_t kThreadsFrom = std::size_t{4} << 20;  // bytes; below, starting a thread costs more than it gives
-constexpr int kMaxThreads = 64;           // more do not read faster, and a caller's typing error must not fork-bomb
-constexpr std::uint64_t kNear = 4096;     // a gap of at most a page is read along: its page is on its way anyway
-constexpr std::uint64_t kFar = 64 << 10;  // a larger gap, up to this, only while all of them stay below ...
-constexpr std::uint64_t kFarShare = 20;   // ... a twentieth of the bytes asked for
+constexpr int kMaxThreads = 64;  // more do not read faster, and a caller's typing error must not fork-bomb
+// A gap of at most a page is read along: to copy it costs what a call of its own would cost, and more does not pay.
+constexpr std::uint64_t kNear = 4096;
 constexpr std::uint64_t kHeaderRoom = 8 << 10;  // of local header read along; torch pads them to 4 KiB at most
 constexpr std::size_t kMaxScratch = 256 << 10;  // headers and gaps of one call; stays in the cache
 constexpr auto kPollInterval = std::chrono::milliseconds(100);
@@ -157,7 +156,7 @@ struct Call {
 // Which calls read what is wanted. Parts come in file order.
 class Plan {
  public:
-  // `total`: all bytes that will be added; of them follow the size of a chunk and the gaps that are worth reading.
+  // `total`: all bytes that will be added; the size of a chunk follows.
   Plan(std::uint64_t total, int threads, std::size_t parts)
       : total_(total), chunk_(chunk_for(total, std::clamp(threads, 1, kMaxThreads))) {
     parts_.reserve(parts);
@@ -175,7 +174,9 @@ class Plan {
       offset += cut;
       to = {to.data + cut, to.nbytes - cut};
     }
-    add(Part{offset, to});
+    if (to.nbytes != 0) {  // nothing is asked of the file, not even that it reaches to there
+      add(Part{offset, to});
+    }
   }
 
   [[nodiscard]] std::uint64_t total() const { return total_; }
@@ -208,14 +209,10 @@ class Plan {
       return false;  // the first, or one that overlaps what the call has read already
     }
     const std::uint64_t gap = part.offset - parts_.back().end();
-    if (gap > kNear && (gap > kFar || far_ + gap > total_ / kFarShare)) {
-      return false;
-    }
-    if (iovecs_ + 2 > kMaxParts || scratch_ + gap + part.to.nbytes * part.is_header() > kMaxScratch ||
+    if (gap > kNear || iovecs_ + 2 > kMaxParts || scratch_ + gap + part.to.nbytes * part.is_header() > kMaxScratch ||
         (!part.is_header() && wanted_ + part.to.nbytes > chunk_)) {
       return false;
     }
-    far_ += gap > kNear ? gap : 0;
     count(part, static_cast<std::size_t>(gap));
     return true;
   }
@@ -232,7 +229,6 @@ class Plan {
   std::size_t chunk_;
   std::vector<Part> parts_;
   std::vector<Call> calls_;
-  std::uint64_t far_ = 0;  // bytes of all gaps larger than kNear
   // Of the last call:
   std::size_t wanted_ = 0;
   std::size_t scratch_ = 0;

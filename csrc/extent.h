@@ -2,7 +2,7 @@
 //
 // An extent is a stretch of the file and the memory it goes to. Extents are sorted by offset, neighbours that are near
 // become one preadv, large ones are cut into chunks, and the calls are handed to threads that live for one large read:
-// there is no pool and no global state, so fork and free threading need no care. Knows no Python.
+// there is no pool, and no read knows of another, so fork and free threading need no care. Knows no Python.
 #pragma once
 
 #include <cstddef>
