@@ -19,7 +19,7 @@ import conformance  # noqa: E402
 from conformance import CASES, LATER, PWNED, REFUSALS, TRAP, Case, Loads, Refused  # noqa: E402
 
 import zipslicer  # noqa: E402
-from zipslicer.errors import UnsupportedError, ZipSlicerError  # noqa: E402
+from zipslicer.errors import ArchiveError, UnsupportedError, ZipSlicerError  # noqa: E402
 from zipslicer.table import dotted  # noqa: E402
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def check_loads(case: Loads, folder: Path) -> None:
         assert conformance.differences(case.tree, tree, zipslicer.describe) == []
 
 
-def refused(number: str, act: Callable[[], Any], file: bytes) -> None:
-    """Whatever `act` does raises what the table says."""
+def refused(number: str, act: Callable[[], Any], file: bytes, key: str | None = None) -> None:
+    """Whatever `act` does raises what the table says; `key`: of the tensor that was asked for."""
     wanted = REFUSALS[number]
     with pytest.raises(ZipSlicerError) as caught:
         act()
@@ -130,6 +130,9 @@ def refused(number: str, act: Callable[[], Any], file: bytes) -> None:
     assert type(error) is wanted.error, error
     assert error.offset == wanted.at(file), error
     assert error.path is not None, error
+    assert key is None or error.key == key, error
+    if not isinstance(error, ArchiveError) and wanted.when == "open":
+        assert str(error.record).endswith("/data.pkl"), "its offset counts from there"
     assert str(error), error
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.offset) == (type(error), str(error), error.offset)
@@ -147,10 +150,10 @@ def check_refused(number: str, case: Refused, folder: Path) -> None:
         for name, tensor in case.intact.items():
             check_touch(tensor, checkpoint.tensors[name], name)
         for _ in range(2):  # what failed once is not remembered as good
-            refused(number, lambda: checkpoint.tensors[when], file)
-        refused(number, lambda: checkpoint.tensors.get_slice(when)[:1], file)
+            refused(number, lambda: checkpoint.tensors[when], file, when)
+        refused(number, lambda: checkpoint.tensors.get_slice(when)[:1], file, when)
         refused(number, lambda: materialized(checkpoint.root), file)
-    refused(number, lambda: zipslicer.load(path)[when], file)
+    refused(number, lambda: zipslicer.load(path)[when], file, when)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
