@@ -1,7 +1,10 @@
 // Graph: the columns of machine.h in, builtins of Python out. A string is decoded once, however often it is met.
 #include "module_graph.h"
 
+#include <algorithm>
+#include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -69,6 +72,28 @@ class Strings {
   std::vector<py::object> made_;
 };
 
+// A list of make(value) for each value; one that is met again, by the memo, is the same object again and takes no
+// memory.
+template <typename T, typename Place, typename Make>
+py::object shared_list(const Column<T>& values, Place place, Make make) {
+  std::vector<std::size_t> order(values.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    const Span left = place(values[a]);
+    const Span right = place(values[b]);
+    return std::tie(left.data, left.size) < std::tie(right.data, right.size);
+  });
+  std::vector<py::object> made(values.size());
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const std::size_t at = order[i];
+    const Span span = place(values[at]);
+    const bool again =
+        i != 0 && place(values[order[i - 1]]).data == span.data && place(values[order[i - 1]]).size == span.size;
+    made[at] = again ? made[order[i - 1]] : make(values[at]);
+  }
+  return list_of(values.size(), [&](std::size_t i) { return made[i]; });
+}
+
 py::object bytes_of(Span span) {
   return owned(PyBytes_FromStringAndSize(span.text().data(), static_cast<Py_ssize_t>(span.size)));
 }
@@ -85,8 +110,10 @@ py::tuple graph_to_python(const Graph& graph) {
   Strings strings(graph.texts);
   return py::make_tuple(
       column(graph.kinds), column(graph.payloads), column(graph.nodes), strings.list(graph.strings),
-      list_of(graph.blobs.size(), [&](std::size_t i) { return bytes_of(graph.blobs[i]); }),
-      list_of(graph.longs.size(), [&](std::size_t i) { return integer_of(graph.longs[i]); }),
+      shared_list(
+          graph.blobs, [](const Span& blob) { return blob; }, bytes_of),
+      shared_list(
+          graph.longs, [](const Long& number) { return number.digits; }, integer_of),
       list_of(graph.globals.size() / 2,
               [&](std::size_t i) -> py::object {
                 return py::make_tuple(strings[graph.globals[2 * i]], strings[graph.globals[2 * i + 1]]);

@@ -66,10 +66,10 @@ def hull(geometry: Geometry) -> int:
 
 def is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the elements lie one after the other in row-major order, as torch decides it."""
+    if 0 in sizes:
+        return True
     expected = 1
     for n, stride in zip(reversed(sizes), reversed(strides)):
-        if n == 0:
-            return True
         if n != 1:
             if stride != expected:
                 return False
@@ -125,12 +125,15 @@ def index(geometry: Geometry, wanted: Any) -> Sliced:
 
 
 def _integer(item: Any, n: int, dim: int) -> int:
-    if isinstance(item, bool) or not hasattr(item, "__index__"):
+    try:
+        place = operator.index(item) if not isinstance(item, bool) else None
+    except TypeError:  # an array has __index__ too, and it fails
+        place = None
+    if place is None:
         raise TypeError(
             f"a slice is read by basic indexing: integers, slices, ... and None, not {type(item).__name__}; "
             "read the tensor and index that"
         )
-    place = operator.index(item)
     if not -n <= place < n:
         raise IndexError(f"index {place} is out of bounds for dimension {dim} with size {n}")
     return place + n if place < 0 else place

@@ -289,6 +289,8 @@ class Placeholder:
             return about.list_items[key]
         return about.items[key]
 
+    __iter__ = None  # __getitem__ alone would make it iterable by index
+
     def __dir__(self) -> list[str]:
         return sorted(n for n in self._zipslicer.attributes if isinstance(n, str) and n.isidentifier())
 

@@ -475,8 +475,12 @@ def _give_state(made: Any, state: Any) -> None:
     if hasattr(made, "__setstate__"):
         made.__setstate__(state)
         return
-    for name, value in attributes_of(state).items():
-        object.__setattr__(made, name, value)
+    attributes, slots = state if type(state) is tuple and len(state) == 2 else (state, None)
+    if attributes:
+        # Into __dict__, where a name such as __class__ is only a name.
+        made.__dict__.update(attributes)
+    for name, value in (slots or {}).items():
+        setattr(made, name, value)
 
 
 def run_program(

@@ -263,9 +263,6 @@ class FileDescription(Description):
     def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
         return [(name, self._view.peek(p)) for name, p in list(self._names.items())[:count]]
 
-    def __repr__(self) -> str:
-        return f"Description({self.qualified!r})"
-
 
 class Touched(Mapping[Any, Any]):
     """Names to values that are touched when asked for."""
