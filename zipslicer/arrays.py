@@ -156,4 +156,7 @@ def _of_bytes(np: Any, dtype: Any, content: bytes, shape: Any, order: str = "C")
         count *= n
     if dtype.itemsize == 0 or count * dtype.itemsize != len(content):
         return NOT_PLAIN
-    return np.frombuffer(bytearray(content), dtype=dtype).reshape(shape, order=order)
+    try:
+        return np.frombuffer(bytearray(content), dtype=dtype).reshape(shape, order=order)
+    except ValueError:  # nothing times more than NumPy can count
+        return NOT_PLAIN

@@ -122,6 +122,13 @@ class View:
         info = self.meta(position)
         return self.touch(position) if info is None else info
 
+    def shown_meta(self, position: int) -> TensorInfo | None:
+        """As meta, for a repr."""
+        try:
+            return self.meta(position)
+        except ZipSlicerError:
+            return None
+
     def shown(self, position: int) -> Any:
         """The same for a repr, which never fails: the error in place of what the file has wrong."""
         try:
@@ -712,8 +719,8 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def _title(self) -> str:
         total = 0
-        for key in self._slots:
-            info = self.get_meta(key) if len(self._slots) <= 10_000 else None
+        for key, position in self._slots.items() if len(self._slots) <= 10_000 else ():
+            info = self._view.shown_meta(position) if position >= 0 else self.get_meta(key)
             total += info.nbytes if info is not None else 0
         size = f", {_size(total)}" if total else ""
         where = f" in {self.path!r}" if self.path else ""
