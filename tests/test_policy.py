@@ -184,6 +184,10 @@ def test_unknown_takes_two_words() -> None:
 class Config:
     """What `allow` builds for pkg.Config."""
 
+    lr: float
+    name: str
+    w: Any
+
     def __init__(self, *args: Any) -> None:
         self.called_with = args
 
