@@ -343,22 +343,19 @@ py::object allocate(std::int64_t nbytes) { return NewBuffer(nbytes).object; }
 
 // ---- reads ----
 
-void read_extents_of(const py::object& handle, const py::iterable& offsets, const py::iterable& buffers, int threads) {
-  const py::tuple starts(offsets);
-  const Views views{py::tuple(buffers)};
-  if (starts.size() != views.destinations.size()) {
-    throw std::invalid_argument("as many offsets as buffers are wanted");
+py::bytes read_bytes_of(const py::object& handle, std::int64_t offset, std::int64_t nbytes) {
+  if (offset < 0 || nbytes < 0) {
+    throw std::invalid_argument("an offset or a length is negative");
   }
-  std::vector<Extent> extents;
-  extents.reserve(starts.size());
-  for (std::size_t i = 0; i < starts.size(); ++i) {
-    const std::int64_t offset = integer_of(starts[i]);
-    if (offset < 0) {
-      throw std::invalid_argument("an offset is negative");
-    }
-    extents.push_back({static_cast<std::uint64_t>(offset), views.destinations[i]});
+  PyObject* const made = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes));
+  if (made == nullptr) {
+    throw py::error_already_set();
   }
-  with_reader(handle, nullptr, [&](Reader& reader, const Poll& poll) { read_extents(reader, extents, threads, poll); });
+  auto bytes = py::reinterpret_steal<py::bytes>(made);
+  const Destination to{reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(made)), static_cast<std::size_t>(nbytes)};
+  const std::vector<Extent> extents{{static_cast<std::uint64_t>(offset), to}};
+  with_reader(handle, nullptr, [&](Reader& reader, const Poll& poll) { read_extents(reader, extents, 1, poll); });
+  return bytes;
 }
 
 void read_records_of(const py::object& handle, const py::object& stamp, const py::object& block,
@@ -495,8 +492,7 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
 
   bind_memory(module);
   module.def("allocate", &allocate, py::arg("nbytes"), py::pos_only());
-  module.def("read_extents", &read_extents_of, py::arg("handle"), py::arg("offsets"), py::arg("buffers"),
-             py::arg("threads"), py::pos_only());
+  module.def("read_bytes", &read_bytes_of, py::arg("handle"), py::arg("offset"), py::arg("nbytes"), py::pos_only());
   if (PyModule_AddFunctions(module.ptr(), raw_functions) != 0) {
     throw py::error_already_set();
   }

@@ -204,42 +204,34 @@ def opened(content: bytes, path: Path, most: int) -> Iterator[tuple[Any, bytes]]
 MOST = st.sampled_from([0, 0, 1, 7, 1 << 20]) if hasattr(os, "preadv") else st.sampled_from([1, 7, 1 << 20])
 
 
-@given(
-    size=st.integers(0, 300),
-    extents=st.lists(st.tuples(st.integers(0, 320), st.integers(0, 64)), max_size=8),
-    threads=st.integers(1, 3),
-    most=MOST,
-)
-def test_extents(native: Any, path: Path, size: int, extents: list[tuple[int, int]], threads: int, most: int) -> None:
-    content = bytes(range(256)) * 2
-    content = content[:size]
-    offsets = [offset for offset, _ in extents]
+@given(size=st.integers(0, 300), offset=st.integers(0, 320), nbytes=st.integers(0, 64), most=MOST)
+def test_bytes(native: Any, path: Path, size: int, offset: int, nbytes: int, most: int) -> None:
+    content = (bytes(range(256)) * 2)[:size]
     with opened(content, path, most) as (handle, _):
-
-        def read(backend: Any) -> tuple[bytes, ...]:
-            buffers = [bytearray(nbytes) for _, nbytes in extents]
-            backend.read_extents(handle, offsets, buffers, threads)
-            return tuple(map(bytes, buffers))
-
-        result = told(outcome(read, _pure))
-        assert outcome(read, native) == result
+        result = told(outcome(lambda backend: backend.read_bytes(handle, offset, nbytes), _pure))
+        assert outcome(lambda backend: backend.read_bytes(handle, offset, nbytes), native) == result
     if result[0] == "came":
-        assert list(result[1]) == [content[offset : offset + nbytes] for offset, nbytes in extents]
+        assert result[1] == content[offset : offset + nbytes]
     else:
-        assert any(nbytes and offset + nbytes > size for offset, nbytes in extents)
+        assert nbytes
+        assert offset + nbytes > size
 
 
-def test_large_extents_on_threads(native: Any, path: Path) -> None:
-    """Chunks, threads and huge pages: 40 MiB in three extents that overlap, from the last to the first."""
+def test_large_jobs_on_threads(native: Any, path: Path) -> None:
+    """Chunks, threads and huge pages: 40 MiB of one proved record, in three jobs that overlap, from the last to the first."""
     content = os.urandom(1 << 20) * 40
+    entries = bytearray(array("q", (0, 0, len(content), len(content), len(content), 0, 0, 0, 0, 0)).tobytes())
     offsets = [30 << 20, 9 << 20, 5]
     sizes = [10 << 20, 22 << 20, (10 << 20) + 3]
     wanted = [content[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-    with opened(content, path, 0 if hasattr(os, "preadv") else 1 << 20) as (handle, _):
+    jobs = array("q")
+    for buffer, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        jobs.extend((0, offset, size, buffer, 0))
+    with opened(content, path, 0 if hasattr(os, "preadv") else 1 << 20) as (handle, stamp):
         for backend in (_pure, native):
             for threads in (1, 2, 5):
                 buffers = [backend.allocate(size) for size in sizes]
-                backend.read_extents(handle, offsets, buffers, threads)
+                backend.read_records(handle, stamp, b"", entries, jobs.tobytes(), buffers, threads)
                 assert [bytes(buffer) for buffer in buffers] == wanted
 
 

@@ -201,8 +201,8 @@ class Backend(Protocol):
         """A writable buffer of nbytes, of any content; from 2 MiB on aligned to 2 MiB and on huge pages where there are any."""
         ...
 
-    def read_extents(self, handle: Handle, offsets: Sequence[int], buffers: Sequence[Buffer], threads: int, /) -> None:
-        """Fill each buffer from its file offset, whole.
+    def read_bytes(self, handle: Handle, offset: int, nbytes: int, /) -> bytes:
+        """A stretch of the file, whole, for a parser.
 
         Raises: OSError; ChangedError where the file ends first, at the offset of the first byte that is missing.
         """

@@ -167,6 +167,4 @@ def read_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> b
     """Bytes of a source, whole, for the parsers. REQUIRES: offset + nbytes <= source.size, and nbytes is bounded."""
     if offset < 0 or offset + nbytes > source.size:
         raise ChangedError("the file ends before the bytes that are wanted of it", offset=source.size, path=source.path)
-    buffer = bytearray(nbytes)
-    backend.read_extents(source.handle, (offset,), (buffer,), 1)
-    return bytes(buffer)
+    return backend.read_bytes(source.handle, offset, nbytes)

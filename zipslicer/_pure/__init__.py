@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .directory import find_directory, find_records, parse_directory, parse_local_header
-from .extent import allocate, read_extents, read_record, read_records
+from .extent import allocate, read_bytes, read_record, read_records
 from .machine import scan_pickle
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "name",
     "parse_directory",
     "parse_local_header",
-    "read_extents",
+    "read_bytes",
     "read_record",
     "read_records",
     "scan_pickle",

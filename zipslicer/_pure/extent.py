@@ -82,7 +82,7 @@ class Piece:
 
 def _pieces(offset: int, view: memoryview) -> list[Piece]:
     """Cut a large extent into chunks."""
-    if len(view) <= CHUNK:
+    if 0 < len(view) <= CHUNK:
         return [Piece(offset, view)]
     return [Piece(offset + i, view[i : i + CHUNK]) for i in range(0, len(view), CHUNK)]
 
@@ -139,12 +139,11 @@ def _read(handle: Any, pieces: list[Piece], threads: int) -> None:
         raise errors[0]
 
 
-def read_extents(handle: Any, offsets: Sequence[int], buffers: Sequence[Any], threads: int) -> None:
-    """See backend.Backend.read_extents."""
-    pieces: list[Piece] = []
-    for offset, buffer in zip(offsets, buffers):
-        pieces += _pieces(offset, memoryview(buffer).cast("B"))
-    _read(handle, pieces, threads)
+def read_bytes(handle: Any, offset: int, nbytes: int) -> bytes:
+    """See backend.Backend.read_bytes."""
+    buffer = bytearray(nbytes)
+    _fill(_preadv(handle), [memoryview(buffer)], offset)
+    return bytes(buffer)
 
 
 def read_record(
@@ -236,7 +235,7 @@ def read_records(
         _read(handle, pieces, threads)
         for record, (_, head) in heads.items():
             _prove(preadv, bytes(head), block, entries, record)
-    except (ArchiveError, ChangedError):
+    except ArchiveError:
         _check_stamp(handle, stamp)
         raise
     again: list[Piece] = []
