@@ -24,6 +24,7 @@ DEV_PACKAGES := $(BUILD_PACKAGES) torch
 BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
+PYTHON_FOLDERS := zipslicer tests benchmarks examples
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc)
 
 help:
@@ -96,14 +97,14 @@ bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check $(PYTHON_FOLDERS)
+	$(VENV)/bin/ruff format --check $(PYTHON_FOLDERS)
 	$(VENV)/bin/mypy
 	@if [ -f .clang-format ]; then echo clang-format --dry-run --Werror; $(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES); fi
 
 format: $(VENV)/.packages
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix $(PYTHON_FOLDERS)
+	$(VENV)/bin/ruff format $(PYTHON_FOLDERS)
 	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
 
 clean:
