@@ -1,0 +1,458 @@
+"""Tensors: the values, the memory they own, the bytes that are read for them, and the places they go to."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import zipslicer
+from zipslicer.tensors import default_threads
+
+torch = pytest.importorskip("torch")
+np = pytest.importorskip("numpy")
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def saved(tree: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(tree, file)
+    return file.getvalue()
+
+
+def loaded(tree: Any, **keywords: Any) -> Any:
+    return zipslicer.load(saved(tree), **keywords)
+
+
+class Recording(io.BytesIO):
+    """A file object that counts what is read from it."""
+
+    count = 0
+
+    def readinto(self, buffer: Any) -> int:
+        got = super().readinto(buffer)
+        self.count += got
+        return got
+
+
+DTYPES = [
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    torch.bfloat16, torch.bool, torch.complex64, torch.complex128, torch.uint16, torch.uint32, torch.uint64,
+    torch.float8_e5m2, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(dtype: Any) -> None:
+    wanted = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.arange(4) % 2 == 0
+    sd = loaded({"w": wanted, "empty": torch.empty(0, 3, dtype=dtype), "scalar": wanted[0].clone()})
+    for key, tensor in (("w", wanted), ("empty", torch.empty(0, 3, dtype=dtype)), ("scalar", wanted[0])):
+        got = sd[key]
+        assert (got.dtype, got.shape) == (dtype, tensor.shape)
+        assert got.reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+# --- slices -------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tensors(draw: Any) -> Any:
+    """Dense, transposed, expanded, stepped, offset: what a state dict can hold."""
+    sizes = draw(st.lists(st.integers(0, 6), max_size=4))
+    made = torch.arange(5000, dtype=torch.int32)[draw(st.integers(0, 50)) :]
+    kind = draw(st.sampled_from(["dense", "permuted", "stepped", "expanded", "any"]))
+    numel = int(np.prod(sizes)) if sizes else 1
+    if kind == "any":
+        return made.as_strided(sizes, [draw(st.integers(0, 12)) for _ in sizes])
+    made = made[:numel].reshape(sizes)
+    if kind == "permuted" and sizes:
+        return made.permute(draw(st.permutations(range(len(sizes)))))
+    if kind == "stepped" and sizes:
+        return made[tuple(slice(draw(st.integers(0, 2)), None, draw(st.integers(1, 3))) for _ in sizes)]
+    if kind == "expanded":
+        return made.unsqueeze(0).expand(draw(st.integers(1, 4)), *sizes)
+    return made
+
+
+@st.composite
+def indices(draw: Any, ndim: int) -> Any:
+    ends = st.none() | st.integers(-8, 8)
+    one = st.integers(-6, 5) | st.builds(slice, ends, ends, st.none() | st.integers(-4, 4).filter(bool))
+    items: list[Any] = draw(st.lists(one, max_size=ndim + 1))
+    for extra in draw(st.lists(st.sampled_from([None, Ellipsis]), max_size=2)):
+        items.insert(draw(st.integers(0, len(items))), extra)
+    return items[0] if len(items) == 1 and draw(st.booleans()) else tuple(items)
+
+
+@given(st.data())
+def test_slices_are_numpys(data: Any) -> None:
+    tensor = data.draw(tensors())
+    sd = loaded({"w": tensor})
+    for _ in range(3):
+        wanted = data.draw(indices(tensor.ndim))
+        try:
+            expected = tensor.numpy()[wanted]
+        except IndexError:
+            with pytest.raises(IndexError):
+                sd.get_slice("w")[wanted]
+            continue
+        got = sd.get_slice("w")[wanted]
+        assert tuple(got.shape) == expected.shape
+        assert got.numpy().tolist() == expected.tolist()
+
+
+@given(tensors())
+def test_a_touched_tensor_keeps_its_geometry_and_owns_its_hull(tensor: Any) -> None:
+    got = loaded({"w": tensor})["w"]
+    assert (got.shape, got.stride()) == (tensor.shape, tensor.stride())
+    assert got.tolist() == tensor.tolist()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    assert got.storage_offset() == 0
+    assert got.untyped_storage().nbytes() == last * 4
+
+
+def test_a_slice_reads_its_own_bytes() -> None:
+    file = Recording(saved({"w": torch.arange(1 << 20).view(1024, 1024), "v": torch.zeros(1 << 20)}))
+    part = zipslicer.load(file).get_slice("w")
+    part[0, 0]
+    file.count = 0
+    assert part[100:110].tolist() == torch.arange(100 * 1024, 110 * 1024).view(10, 1024).tolist()
+    assert file.count == 10 * 1024 * 8
+    file.count = 0
+    assert part[5, 7].item() == 5 * 1024 + 7
+    assert file.count == 8
+    file.count = 0
+    assert part[::64, 0].tolist() == list(range(0, 1 << 20, 64 * 1024))
+    assert file.count == 16 * 8
+    file.count = 0
+    assert part[10:20, 100:612].shape == (10, 512)
+    assert file.count <= 1.05 * 10 * 512 * 8 + 9 * 4096
+    file.count = 0
+    assert part[3:3].shape == (0, 1024)
+    assert file.count == 0
+    file.count = 0
+    assert part[-1:-3:-1, ...].flip(0).tolist() == torch.arange(1022 * 1024, 1 << 20).view(2, 1024).tolist()
+    assert file.count == 2 * 1024 * 8
+
+
+def test_a_column_is_read_through_within_bounds() -> None:
+    file = Recording(saved({"w": torch.arange(1 << 20).view(1 << 15, 32)}))
+    part = zipslicer.load(file).get_slice("w")
+    file.count = 0
+    assert part[:, 3].tolist() == list(range(3, 1 << 20, 32))
+    assert file.count <= 8 << 20
+
+
+def test_an_expanded_tensor_costs_its_hull_only() -> None:
+    file = Recording(saved({"w": torch.arange(10.0).expand(1000, 10)}))
+    sd = zipslicer.load(file)
+    file.count = 0
+    assert sd.get_slice("w")[5:900].shape == (895, 10)
+    assert file.count < 1000
+
+
+def test_a_slice_owns_no_more_than_it_shows() -> None:
+    part = loaded({"w": torch.arange(100_000).view(1000, 100)}).get_slice("w")
+    for wanted in (slice(0, 10), (slice(None), 5), (slice(None, None, 100), slice(None, None, -7)), 3):
+        got = part[wanted]
+        assert got.untyped_storage().nbytes() == got.numel() * 8
+
+
+def test_slices_of_special_tensors() -> None:
+    conj = torch.arange(6).to(torch.complex64).mul(1j).view(2, 3).conj()
+    sd = loaded({"conj": conj, "p": torch.nn.Parameter(torch.arange(3.0)), "bf": torch.arange(4).bfloat16()})
+    assert sd.get_slice("conj")[1:].tolist() == conj[1:].tolist()
+    assert sd.get_slice("conj")[1:].is_conj()
+    assert sd.get_slice("p")[:2].requires_grad
+    assert sd.get_slice("bf")[::2].tolist() == [0.0, 2.0]
+
+
+def test_a_deflated_record_is_sliced_too() -> None:
+    import makers
+
+    data = makers.edited(saved({"w": torch.arange(10_000).view(100, 100)}), lambda _, content: content, method=8).data
+    assert len(data) < 60_000
+    sd = zipslicer.load(data)
+    assert sd.get_slice("w")[5:7, ::-50].tolist() == [[599, 549], [699, 649]]
+    assert torch.equal(sd["w"], torch.arange(10_000).view(100, 100))
+
+
+# --- memory and sharing ------------------------------------------------------------------------------------------------
+
+
+def test_every_touch_is_an_independent_copy() -> None:
+    sd = loaded({"w": torch.zeros(4), "tied": torch.zeros(4)})
+    one, other = sd["w"], sd["w"]
+    one.fill_(1)
+    assert other.tolist() == [0, 0, 0, 0]
+    assert one.data_ptr() != other.data_ptr()
+
+
+@pytest.fixture
+def tied() -> dict[str, Any]:
+    base = torch.arange(100.0)
+    return {
+        "base": base,
+        "view": base[10:20],
+        "same": base,
+        "nested": {"t": base.view(10, 10).t()},
+        "own": torch.ones(3),
+    }
+
+
+def groups(tree: dict[str, Any]) -> list[bool]:
+    """Which of the tensors share the first one's storage."""
+    flat = [tree["base"], tree["view"], tree["same"], tree["own"]]
+    flat += [tree["nested"]["t"]] if "nested" in tree else []
+    return [tensor.untyped_storage().data_ptr() == flat[0].untyped_storage().data_ptr() for tensor in flat]
+
+
+def test_materialize_shares_as_torch_load_does(tied: dict[str, Any]) -> None:
+    made = loaded(tied).materialize()
+    assert groups(made) == groups(tied)
+    assert made["view"].storage_offset() == 10
+    assert made["base"].untyped_storage().nbytes() == 400
+    made["base"][10] = -1
+    assert made["view"][0] == made["nested"]["t"][0, 1] == -1
+
+
+def test_get_tensors_shares_within_one_call(tied: dict[str, Any]) -> None:
+    sd = loaded(tied)
+    made = sd.get_tensors(["own", "view", "base", "same"])
+    assert list(made) == ["own", "view", "base", "same"]
+    assert groups(made) == [True, True, True, False]
+    assert sd.get_tensors(["base"])["base"].data_ptr() != made["base"].data_ptr()
+
+
+def test_cache_tensors_shares_everywhere(tied: dict[str, Any]) -> None:
+    sd = loaded(tied, cache_tensors=True)
+    made = {key: sd[key] for key in ("base", "view", "same", "own")} | {"nested": {"t": sd["nested"]["t"]}}
+    assert groups(made) == groups(tied)
+    assert groups(sd.materialize()) == groups(tied)
+    assert sd["base"].untyped_storage().data_ptr() == sd.get_tensors(["view"])["view"].untyped_storage().data_ptr()
+
+
+def test_touches_do_not_share(tied: dict[str, Any]) -> None:
+    sd = loaded(tied)
+    assert groups({key: sd[key] for key in ("base", "view", "same", "own")}) == [True, False, False, False]
+    assert sd["view"].untyped_storage().nbytes() == 40
+
+
+def test_saving_a_touched_tensor_writes_its_own_bytes(tied: dict[str, Any]) -> None:
+    assert len(saved(loaded({**tied, "base": torch.zeros(1 << 20), "v": torch.zeros(1 << 20)[:3]})["v"])) < 4096
+
+
+def test_large_tensors_are_writable_and_right() -> None:
+    wanted = torch.arange(3 << 20, dtype=torch.int32)
+    sd = loaded({"w": wanted, "odd": wanted[1:-1]})
+    for threads in (1, 4):
+        got = loaded({"w": wanted, "odd": wanted[1:-1]}, threads=threads)
+        assert torch.equal(got["w"], wanted)
+        assert torch.equal(got["odd"], wanted[1:-1])
+    sd["w"].add_(1)
+
+
+# --- map_location and dtype --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where", ["cpu", None, torch.device("cpu"), {}, {"cuda:0": "cpu"}, lambda storage, location: None]
+)
+def test_map_location_of_the_cpu(where: Any) -> None:
+    sd = loaded({"w": torch.arange(3.0)}, map_location=where)
+    assert sd["w"].device.type == "cpu"
+    assert sd["w"].tolist() == sd.materialize()["w"].tolist() == sd.get_slice("w")[:].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["meta", torch.device("meta"), {"cpu": "meta"}])
+def test_map_location_meta(where: Any) -> None:
+    base = torch.zeros(100)
+    sd = loaded({"w": base.view(10, 10).t(), "p": torch.nn.Parameter(torch.zeros(2))}, map_location=where)
+    for got in (sd["w"], sd.materialize()["w"]):
+        assert (got.device.type, got.shape, got.stride()) == ("meta", (10, 10), (1, 10))
+    assert sd.get_slice("w")[2:4].shape == (2, 10)
+    assert sd.get_slice("w")[2:4].device.type == "meta"
+    assert type(sd["p"]) is torch.nn.Parameter
+
+
+def test_map_location_meta_reads_nothing() -> None:
+    file = Recording(saved({"w": torch.zeros(1000)}))
+    sd = zipslicer.load(file, map_location="meta")
+    sd["w"]
+    file.count = 0
+    assert sd["w"].shape == (1000,)
+    assert sd.materialize()["w"].shape == (1000,)
+    assert file.count == 0
+
+
+def test_map_location_callable_sees_storages_and_locations() -> None:
+    seen = []
+
+    def where(storage: Any, location: str) -> Any:
+        seen.append((storage.nbytes(), location))
+        return storage
+
+    sd = loaded({"w": torch.arange(3.0), "v": torch.arange(2)}, map_location=where)
+    assert (sd["w"].tolist(), sd["v"].tolist()) == ([0, 1, 2], [0, 1])
+    assert seen == [(12, "cpu"), (16, "cpu")]
+
+
+@pytest.mark.parametrize("bad", [3.5, [], True, object()])
+def test_map_location_of_another_type(bad: Any) -> None:
+    with pytest.raises(TypeError, match="map_location"):
+        loaded({"w": torch.zeros(1)}, map_location=bad)["w"]
+
+
+def test_dtype_casts_floating_point_when_it_is_read() -> None:
+    tree = {
+        "f": torch.arange(3.0),
+        "i": torch.arange(3),
+        "c": torch.zeros(2, dtype=torch.complex64),
+        "n": {"d": [torch.ones(1)]},
+    }
+    sd = loaded(tree, dtype=torch.bfloat16)
+    assert sd.get_meta("f").dtype_name == "float32"
+    for made in (sd, sd.materialize()):
+        kinds = [made["f"].dtype, made["i"].dtype, made["c"].dtype, made["n"]["d"][0].dtype]
+        assert kinds == [torch.bfloat16, torch.int64, torch.complex64, torch.bfloat16]
+    assert sd.get_slice("f")[1:].dtype == torch.bfloat16
+    assert sd["f"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [torch.int8, "float32", torch.complex64, float])
+def test_dtype_of_another_kind(bad: Any) -> None:
+    with pytest.raises(TypeError, match="floating-point"):
+        loaded({"w": torch.zeros(1)}, dtype=bad)["w"]
+
+
+# --- what is set around us ---------------------------------------------------------------------------------------------
+
+
+def touches(sd: Any) -> list[Any]:
+    return [sd["w"], sd["p"], sd["view"], sd.get_slice("w")[1:], sd.get_slice("view")[::-1], *sd.materialize().values()]
+
+
+TREE = {"w": torch.arange(6.0).view(2, 3), "p": torch.nn.Parameter(torch.ones(2)), "view": torch.arange(9)[2:8:2]}
+SETTINGS: dict[str, Any] = {
+    "default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_torch_have_no_influence(name: str) -> None:
+    data = saved(TREE)
+    sd = zipslicer.load(data)
+    with SETTINGS[name]():
+        made = touches(sd) + touches(zipslicer.load(data))
+    plain = touches(loaded(TREE)) * 2
+    for got, wanted in zip(made, plain, strict=True):
+        assert got.device.type == "cpu"
+        assert not got.is_inference()
+        assert (type(got), got.dtype, got.requires_grad) == (type(wanted), wanted.dtype, wanted.requires_grad)
+        assert got.tolist() == wanted.tolist()
+
+
+def test_default_dtype_has_no_influence() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [got.dtype for got in touches(loaded({**TREE}))][:2] == [torch.float32, torch.float32]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_warnings_about_storages_stay_away() -> None:
+    """filterwarnings=error: a storage that stands as a value makes none."""
+    sd = loaded({"s": torch.arange(4, dtype=torch.uint8).untyped_storage()})
+    assert list(sd["s"]) == [0, 1, 2, 3]
+
+
+# --- threads and processes ---------------------------------------------------------------------------------------------
+
+
+def test_threads_share_a_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({str(i): torch.full((100 + i,), i) for i in range(50)} | {"nested": {"w": torch.zeros(3)}}, path)
+    sd = zipslicer.load(path)
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        for i in range(100):
+            key = (seed * 31 + i * 7) % 50
+            if sd[str(key)].tolist() != [key] * (100 + key) or sd["nested"]["w"].tolist() != [0, 0, 0]:
+                wrong.append(key)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_threads_make_one_container() -> None:
+    for _ in range(20):
+        sd = loaded({"nested": {"w": torch.zeros(3)}})
+        barrier = threading.Barrier(4)
+        found: list[Any] = []
+
+        def work(sd: Any = sd, barrier: Any = barrier, found: Any = found) -> None:
+            barrier.wait()
+            found.append(sd["nested"])
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert all(nested is found[0] for nested in found)
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
+    """What a DataLoader's workers read through one open file."""
+
+    def __init__(self, sd: Any) -> None:
+        self.part = sd
+        self.count = 20
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Any:
+        return self.part.get_slice("w")[i].clone() + self.part[f"b{i}"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_dataloader_read_the_same_file(tmp_path: Path, method: str) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(
+        {"w": torch.arange(200.0).view(20, 10), **{f"b{i}": torch.full((10,), 1000.0 * i) for i in range(20)}}, path
+    )
+    sd = zipslicer.load(path)
+    sd["b0"]
+    loader = torch.utils.data.DataLoader(Rows(sd), batch_size=5, num_workers=2, multiprocessing_context=method)
+    got = torch.cat(list(loader))
+    assert torch.equal(got, torch.arange(200.0).view(20, 10) + torch.arange(20.0).mul(1000).view(20, 1))
+
+
+def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZIPSLICER_THREADS", raising=False)
+    assert 1 <= default_threads() <= 8
+    monkeypatch.setenv("ZIPSLICER_THREADS", "3")
+    assert default_threads() == 3
+    for bad in ("0", "-1", "many"):
+        monkeypatch.setenv("ZIPSLICER_THREADS", bad)
+        with pytest.raises(ValueError, match="ZIPSLICER_THREADS"):
+            default_threads()
