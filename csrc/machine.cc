@@ -1327,7 +1327,9 @@ std::int64_t count_of(std::size_t size) { return static_cast<std::int64_t>(size)
 std::int64_t Machine::storage_id(Storage& storage) {
   if (storage.id < 0) {
     storage.id = count_of(graph_.storage_keys.size());
-    add_row(graph_.storages, {dtype_of(storage.action), storage.nbytes, static_cast<std::int64_t>(storage.offset)});
+    graph_.keys_nbytes += graph_.texts[storage.key].utf8().size;
+    add_row(graph_.storages, {dtype_of(storage.action), storage.nbytes, static_cast<std::int64_t>(storage.offset),
+                              count_of(graph_.keys_nbytes)});
     graph_.storage_keys.push(storage.key);
     graph_.locations.push(storage.location);
   }
@@ -1398,7 +1400,7 @@ std::int64_t Machine::node_id(Value value, std::int64_t depth, Column<Value>& po
 Graph Machine::flatten(Value root) {
   graph_.tensors.expect(9 * tensors_.size());
   graph_.dims.expect(dims_.size());
-  graph_.storages.expect(3 * storages_.size());
+  graph_.storages.expect(4 * storages_.size());
   graph_.storage_keys.expect(storages_.size());
   graph_.locations.expect(storages_.size());
   Column<Value> pool(arena(), one_in(55));  // the values; grows while it is scanned

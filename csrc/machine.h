@@ -114,6 +114,7 @@ struct Graph {
   Column<std::size_t> globals{*arena};  // module and name in turn
   Column<std::int64_t> storages{*arena};
   Column<std::size_t> storage_keys{*arena};
+  std::size_t keys_nbytes = 0;  // of all of these
   Column<std::size_t> locations{*arena};
   Column<std::int64_t> tensors{*arena};
   Column<std::int64_t> dims{*arena};

@@ -98,6 +98,17 @@ py::object bytes_of(Span span) {
   return owned(PyBytes_FromStringAndSize(span.text().data(), static_cast<Py_ssize_t>(span.size)));
 }
 
+// All storage keys, one after the other: strings that nobody may ask for are not made.
+py::object joined_keys(const Graph& graph) {
+  py::object made = owned(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(graph.keys_nbytes)));
+  char* to = PyBytes_AS_STRING(made.ptr());
+  for (std::size_t i = 0; i < graph.storage_keys.size(); ++i) {
+    const std::string_view key = graph.texts[graph.storage_keys[i]].utf8().text();
+    to = std::copy(key.begin(), key.end(), to);
+  }
+  return made;
+}
+
 py::object integer_of(const Long& number) {
   if (number.decimal) {
     return owned(PyLong_FromString(std::string(number.digits.text()).c_str(), nullptr, 10));
@@ -118,7 +129,7 @@ py::tuple graph_to_python(const Graph& graph) {
               [&](std::size_t i) -> py::object {
                 return py::make_tuple(strings[graph.globals[2 * i]], strings[graph.globals[2 * i + 1]]);
               }),
-      column(graph.storages), strings.list(graph.storage_keys), strings.list(graph.locations), column(graph.tensors),
+      column(graph.storages), joined_keys(graph), strings.list(graph.locations), column(graph.tensors),
       column(graph.dims));
 }
 

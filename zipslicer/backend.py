@@ -131,9 +131,10 @@ class StorageField:
     DTYPE: Final = 0  # dtype index of the class in its first persistent id, or UNTYPED
     NBYTES: Final = 1
     OFFSET: Final = 2  # of the BINPERSID opcode
+    KEY_END: Final = 3  # where its key ends in storage_keys; it begins where that of the storage before it ends
 
 
-STORAGE_FIELDS: Final = 3
+STORAGE_FIELDS: Final = 4
 
 
 class TensorField:
@@ -183,7 +184,7 @@ class Graph(NamedTuple):
     longs: list[int]
     globals: list[tuple[str, str]]
     storages: bytes  # STORAGE_FIELDS int64 a storage
-    storage_keys: list[str]
+    storage_keys: bytes  # all keys, one after the other, as UTF-8 (surrogatepass): most are never asked for
     locations: list[str]  # one a storage: "cpu", "cuda:0"
     tensors: bytes  # TENSOR_FIELDS int64 a tensor
     dims: bytes  # int64

@@ -21,6 +21,7 @@ from .backend import (
     Graph,
     Kind,
     NodeField,
+    StorageField,
 )
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import (
@@ -59,7 +60,7 @@ class Program:
         self.longs = graph.longs
         self.globals = graph.globals
         self.storages = memoryview(graph.storages).cast("q")
-        self.storage_keys = graph.storage_keys
+        self._keys = graph.storage_keys
         self.locations = graph.locations
         self.tensors = graph.tensors  # unpacked a row at a time, see table.TensorTable
         self.dims = memoryview(graph.dims).cast("q")
@@ -70,6 +71,17 @@ class Program:
         self._names: dict[int, tuple[str, str]] = {}
         self._with_tensors: bytearray | None = None
         self._meanings = [meaning_of(module, name) for module, name in graph.globals]
+
+    def storage_key(self, storage: int) -> str:
+        """What a storage is called in the archive: "0" for data/0."""
+        end = StorageField.KEY_END
+        start = self.storages[(storage - 1) * STORAGE_FIELDS + end] if storage else 0
+        return self._keys[start : self.storages[storage * STORAGE_FIELDS + end]].decode("utf-8", "surrogatepass")
+
+    def storage_keys(self) -> list[str]:
+        """The keys of all storages."""
+        ends = self.storages[StorageField.KEY_END :: STORAGE_FIELDS].tolist()
+        return [self._keys[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends)]
 
     def span(self, node: int) -> tuple[int, int]:
         """The positions [start, end) of a node's children."""

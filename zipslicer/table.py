@@ -182,7 +182,7 @@ class TensorTable:
     def record_number(self, storage: int) -> int:
         """The record of a storage, -1 if there is none. All are looked up at once, on first touch."""
         if self._records is None:
-            self._records = self.archive.find([f"{self.folder}/{key}" for key in self.program.storage_keys])
+            self._records = self.archive.find([f"{self.folder}/{key}" for key in self.program.storage_keys()])
         return self._records[storage]
 
     def record(self, storage: int) -> int:
@@ -195,7 +195,7 @@ class TensorTable:
         archive, record = self.archive, self.record_number(storage)
         if record < 0:
             raise ArchiveError(
-                f"the archive has no record '{self.folder}/{self.program.storage_keys[storage]}'",
+                f"the archive has no record '{self.folder}/{self.program.storage_key(storage)}'",
                 path=archive.source.path,
             )
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
@@ -259,7 +259,7 @@ class TensorTable:
             numel=count,
             nbytes=count * dtype.itemsize,
             itemsize=dtype.itemsize,
-            storage_key=self.program.storage_keys[row.storage],
+            storage_key=self.program.storage_key(row.storage),
             storage_nbytes=self.storage_nbytes(row.storage),
             location=self.program.locations[row.storage],
             requires_grad=leaf.requires_grad,
@@ -275,7 +275,7 @@ class TensorTable:
         nbytes = self.storage_nbytes(storage)
         return TensorInfo(
             dtype_name="uint8", shape=(nbytes,), strides=(1,), storage_offset=0, numel=nbytes, nbytes=nbytes, itemsize=1,
-            storage_key=self.program.storage_keys[storage], storage_nbytes=nbytes, location=self.program.locations[storage],
+            storage_key=self.program.storage_key(storage), storage_nbytes=nbytes, location=self.program.locations[storage],
             requires_grad=False, is_parameter=False, is_contiguous=True, is_conj=False, is_neg=False, class_name=None,
         )  # fmt: skip
 

@@ -708,7 +708,7 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
     longs: list[int] = []
     names: list[tuple[str, str]] = []
     storages = array("q")
-    storage_keys: list[str] = []
+    storage_keys = bytearray()
     locations: list[str] = []
     tensors = array("q")
     dims = array("q")
@@ -722,9 +722,9 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
     def storage_id(storage: Storage) -> int:
         number = ids.get(id(storage))
         if number is None:
-            number = ids[id(storage)] = len(storage_keys)
-            storages.extend((storage.dtype, storage.nbytes, storage.offset))
-            storage_keys.append(storage.key)
+            number = ids[id(storage)] = len(locations)
+            storage_keys.extend(storage.key.encode("utf-8", "surrogatepass"))
+            storages.extend((storage.dtype, storage.nbytes, storage.offset, len(storage_keys)))
             locations.append(storage.location)
         return number
 
@@ -814,7 +814,7 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
         longs,
         names,
         storages.tobytes(),
-        storage_keys,
+        bytes(storage_keys),
         locations,
         tensors.tobytes(),
         dims.tobytes(),
