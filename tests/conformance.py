@@ -320,7 +320,7 @@ class _Comparison:
             self.wrong.append(f"{path}: {what}"[:400])
 
     def walk(self, path: str, a: Any, b: Any) -> None:
-        if isinstance(a, (dict, list, tuple, torch.Tensor, Inert)):
+        if isinstance(a, (dict, list, tuple, set, bytearray, torch.Tensor, Inert)):
             self.keep += (a, b)
             if id(a) in self.twins:
                 # Equal tuples may be one object here and two in the file; what can change may not.
@@ -691,7 +691,8 @@ def skipped_data(folder: Path) -> Outcome:
 
 
 def _values() -> dict[str, Any]:
-    return dict(small_model(), s={1, 2}, f=1.5, t=(1, "x"), by=b"\0\xff", big=1 << 40)
+    one = bytearray(b"one object, and met twice")
+    return dict(small_model(), s={1, 2}, f=1.5, t=(1, "x"), by=b"\0\xff", big=1 << 40, twice=[one, one])
 
 
 def _protocol(protocol: int) -> Outcome:
