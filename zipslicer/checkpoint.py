@@ -206,7 +206,9 @@ def _is_swapped(archive: Archive) -> bool:
     order = b"little" if found < 0 else archive.read(found, 64)
     if order not in (b"little", b"big"):
         raise ArchiveError(
-            f"byteorder is {order!r}; it must be b'little' or b'big'", record="byteorder", path=archive.source.path
+            f"byteorder is {order!r}; it must be b'little' or b'big'",
+            record=archive.name(found),
+            path=archive.source.path,
         )
     host = b"little" if array("H", [1]).tobytes()[0] else b"big"
     return order != host

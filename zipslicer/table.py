@@ -194,10 +194,10 @@ class TensorTable:
         """
         archive, record = self.archive, self.record_number(storage)
         if record < 0:
-            raise ArchiveError(
-                f"the archive has no record '{self.folder}/{self.program.storage_key(storage)}'",
-                path=archive.source.path,
+            name = (
+                f"{archive.root.decode('utf-8', 'backslashreplace')}{self.folder}/{self.program.storage_key(storage)}"
             )
+            raise ArchiveError("the archive has no such record", record=name, path=archive.source.path)
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
         if has != wants and not 0 < has - wants < self.dtype(self.storage_dtype(storage)).itemsize:
             raise TableError(
