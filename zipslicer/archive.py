@@ -114,7 +114,8 @@ class Archive:
                 path=self.source.path,
             )
         if self.is_stored(record):
-            self._read(record, 0, 0)  # proves where it begins
+            if self.field(record, Entry.PAYLOAD_OFFSET) < 0:
+                self._read(record, 0, 0)  # proves where it begins
             return read_at(self.backend, self.source, self.field(record, Entry.PAYLOAD_OFFSET), nbytes)
         stored = self.field(record, Entry.STORED_NBYTES)
         if limit is not None and nbytes > min(limits.inflated_nbytes, limits.inflated_ratio * max(stored, 1024)):
