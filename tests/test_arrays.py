@@ -103,6 +103,8 @@ EIGHT = np.dtype("f8")
         (Meaning.NUMPY_BUFFER, (bytes(8), EIGHT, (2,), "C"), None),
         (Meaning.NUMPY_BUFFER, (bytes(8), EIGHT, (-1,), "C"), None),
         (Meaning.NUMPY_BUFFER, (bytes(8), EIGHT, (1,), "K"), None),
+        (Meaning.NUMPY_BUFFER, (bytes(8), EIGHT, (1,), np.arange(3)), None),
+        (Meaning.NUMPY_DTYPE, ("f8", False, True), (3, np.arange(3), None, None, None, -1, -1, 0)),
         (Meaning.NUMPY_BUFFER, (b"", EIGHT, (0, 1 << 62, 1 << 62), "C"), None),
         (Meaning.NUMPY_BUFFER, (b"", np.dtype("S0"), (1 << 40,), "C"), None),
         (Meaning.NUMPY_BUFFER, (bytes(8), EIGHT, (1,) * 33, "C"), None),

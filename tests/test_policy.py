@@ -276,6 +276,15 @@ def test_a_defaultdict_keeps_its_factory() -> None:
     assert made["new"] == []
 
 
+class Ambiguous:
+    """Compares as an array does: neither equal nor not."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> Any:
+        raise ValueError("ambiguous")
+
+
 @pytest.mark.parametrize(
     ("meaning", "args"),
     [
@@ -284,6 +293,7 @@ def test_a_defaultdict_keeps_its_factory() -> None:
         (Meaning.ENCODE, ("a", "zip")),
         (Meaning.ENCODE, ("\u20ac", "latin1")),
         (Meaning.ENCODE, (b"a", "latin1")),
+        (Meaning.ENCODE, ("a", Ambiguous())),
         (Meaning.COMPLEX_NUMBER, ("1" * 1000,)),
         (Meaning.RANGE, (0, 5, 0)),
         (Meaning.RANGE, (5,)),

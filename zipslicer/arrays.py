@@ -44,7 +44,13 @@ def _dtype(np: Any, args: Sequence[Any], state: Any) -> Any:
         return NOT_PLAIN
     if state is None:
         return np.dtype(code)
-    if type(state) is not tuple or len(state) < 8 or state[1] not in ("<", ">", "|", "=") or state[2] is not None:
+    if (
+        type(state) is not tuple
+        or len(state) < 8
+        or type(state[1]) is not str
+        or state[1] not in ("<", ">", "|", "=")
+        or state[2] is not None
+    ):
         return NOT_PLAIN
     names, fields = state[3], state[4]
     if names is not None:
@@ -130,6 +136,7 @@ def _from_buffer(np: Any, args: Sequence[Any]) -> Any:
         len(args) != 4
         or type(args[0]) not in (bytes, bytearray)
         or not isinstance(args[1], np.dtype)
+        or type(args[3]) is not str
         or args[3] not in ("C", "F")
     ):
         return NOT_PLAIN

@@ -407,7 +407,7 @@ def construct(meaning: int, args: Sequence[Any]) -> Any:
             return _hashed(set if meaning == Meaning.SET else frozenset, args[0])
         return (set() if meaning == Meaning.SET else frozenset()) if not count else NOT_PLAIN
     if meaning == Meaning.ENCODE:
-        if count == 2 and type(args[0]) is str and args[1] in _ENCODINGS:
+        if count == 2 and type(args[0]) is str and type(args[1]) is str and args[1] in _ENCODINGS:
             try:
                 return args[0].encode(args[1])
             except UnicodeEncodeError:
@@ -419,7 +419,7 @@ def construct(meaning: int, args: Sequence[Any]) -> Any:
             return made()
         if count == 1 and type(args[0]) in (bytes, bytearray):
             return made(args[0])
-        if count == 2 and type(args[0]) is str and args[1] in _ENCODINGS:
+        if count == 2 and type(args[0]) is str and type(args[1]) is str and args[1] in _ENCODINGS:
             try:
                 return made(args[0].encode(args[1]))
             except UnicodeEncodeError:
