@@ -443,7 +443,7 @@ void widen_local(Span extra, std::uint64_t& nbytes, std::uint64_t& stored) {
 
 }  // namespace
 
-std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, std::size_t prefix_nbytes,
+std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, Span prefix,
                                        const std::vector<Span>& names) {
   HashIndex index(names.size());
   std::vector<std::int64_t> found(names.size(), -1);
@@ -464,14 +464,15 @@ std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::si
   for (std::size_t record = 0; record < count; ++record) {
     const auto start = static_cast<std::uint64_t>(entries[record].name_start);
     const auto nbytes = static_cast<std::uint64_t>(entries[record].name_nbytes);
-    if (start > block.size || nbytes > block.size - start || nbytes < prefix_nbytes) {
+    if (start > block.size || nbytes > block.size - start) {
       throw std::out_of_range("an entry that is not of this directory");
     }
-    if (nbytes - prefix_nbytes > longest) {
+    const Span whole = block.part(static_cast<std::size_t>(start), static_cast<std::size_t>(nbytes));
+    if (whole.size < prefix.size || whole.size - prefix.size > longest ||
+        whole.text().substr(0, prefix.size) != prefix.text()) {
       continue;
     }
-    const Span name =
-        block.part(static_cast<std::size_t>(start) + prefix_nbytes, static_cast<std::size_t>(nbytes) - prefix_nbytes);
+    const Span name = whole.part(prefix.size, whole.size - prefix.size);
     const std::size_t number = index.find(siphash(name, process_sip_key()), same_as(name));
     if (number != HashIndex::kNotFound) {
       found[number] = static_cast<std::int64_t>(record);

@@ -48,9 +48,9 @@ Directory find_directory(Span tail, std::uint64_t tail_offset, std::uint64_t bas
 // REQUIRES: entries has room for min(count, block.size / kCentralNbytes) rows; offset, base < 2**63.
 std::size_t parse_directory(Span block, std::uint64_t count, std::uint64_t offset, std::uint64_t base, Entry* entries);
 
-// For each name below the archive root the index of the record that has it, byte for byte; -1 where none has.
-// REQUIRES: names that begin after prefix_nbytes, as in the entries of parse_directory.
-std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, std::size_t prefix_nbytes,
+// For each name the index of the record that is called prefix + name, byte for byte; -1 where there is none.
+// Throws std::out_of_range for entries that are not of `block`.
+std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, Span prefix,
                                        const std::vector<Span>& names);
 
 // How long a local header says it is, of which `head` holds a first part; kLocalNbytes if it does not say.

@@ -435,26 +435,26 @@ std::uint64_t parse_local_header_of(const py::bytes& head, const py::bytes& bloc
   return parse_local_header(span_of(head), view.archive.block, view.archive.entries[record]);
 }
 
-py::list find_records_of(const py::bytes& block, const py::object& entries, std::size_t prefix_nbytes,
-                         const py::iterable& names) {
+py::list find_records_of(const py::bytes& block, const py::object& entries, const py::bytes& prefix,
+                         const py::bytes& names, const py::list& ends) {
   const ArchiveView view(block, entries);
-  const py::tuple texts(names);
-  std::vector<py::bytes> kept;  // what the spans point to
+  const Span letters = span_of(names);
   std::vector<Span> wanted;
-  kept.reserve(texts.size());
-  wanted.reserve(texts.size());
-  for (const py::handle& name : texts) {
-    PyObject* const utf8 = PyUnicode_AsEncodedString(name.ptr(), "utf-8", "surrogatepass");
-    if (utf8 == nullptr) {
-      throw py::error_already_set();
+  wanted.reserve(ends.size());
+  std::size_t start = 0;
+  for (const py::handle& end : ends) {
+    const auto stop = static_cast<std::size_t>(integer_of(end));
+    if (stop < start || stop > letters.size) {
+      throw std::invalid_argument("a name ends outside the names");
     }
-    kept.push_back(py::reinterpret_steal<py::bytes>(utf8));
-    wanted.push_back(span_of(kept.back()));
+    wanted.push_back(letters.part(start, stop - start));
+    start = stop;
   }
-  py::list found;
-  for (const std::int64_t record :
-       find_records(view.archive.block, view.archive.entries, view.archive.count, prefix_nbytes, wanted)) {
-    found.append(record);
+  const std::vector<std::int64_t> records =
+      find_records(view.archive.block, view.archive.entries, view.archive.count, span_of(prefix), wanted);
+  py::list found(records.size());
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    found[i] = records[i];
   }
   return found;
 }
@@ -502,8 +502,8 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
              py::pos_only());
   module.def("parse_directory", &parse_directory_of, py::arg("block"), py::arg("count"), py::arg("offset"),
              py::arg("base"), py::pos_only());
-  module.def("find_records", &find_records_of, py::arg("block"), py::arg("entries"), py::arg("prefix_nbytes"),
-             py::arg("names"), py::pos_only());
+  module.def("find_records", &find_records_of, py::arg("block"), py::arg("entries"), py::arg("prefix"),
+             py::arg("names"), py::arg("ends"), py::pos_only());
   module.def("parse_local_header", &parse_local_header_of, py::arg("head"), py::arg("block"), py::arg("entries"),
              py::arg("record"), py::pos_only());
   module.def("scan_pickle", &scan_pickle_to_python, py::arg("program"), py::arg("actions"), py::arg("limits"),

@@ -2,12 +2,15 @@
 #include "module_graph.h"
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "extent.h"
 #include "machine.h"
 
 namespace zipslicer {
@@ -117,10 +120,51 @@ py::object integer_of(const Long& number) {
   return int_type.attr("from_bytes")(bytes_of(number.digits), "little", py::arg("signed") = true);
 }
 
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kHugeFrom = std::size_t{1} << 20;  // bytes of columns; below, a huge page would be mostly empty
+
+// Columns as read-only buffers. Many bytes of them stand in one piece of memory on huge pages, where making them costs
+// one page fault instead of hundreds; each is a view of it, and keeps it alive.
+class Columns {
+ public:
+  explicit Columns(std::size_t nbytes) {
+    if (nbytes >= kHugeFrom) {
+      auto memory = std::make_unique<Memory>((nbytes + kHugePage - 1) / kHugePage * kHugePage);
+      data_ = memory->data();
+      whole_ = py::memoryview(py::cast(std::move(memory)));
+    }
+  }
+
+  template <typename T>
+  py::object operator()(const Column<T>& rows) {
+    const std::size_t nbytes = rows.size() * sizeof(T);
+    if (data_ == nullptr) {
+      return column(rows);
+    }
+    if (nbytes != 0) {
+      std::memcpy(data_ + used_, rows.data(), nbytes);
+    }
+    const py::slice part(static_cast<py::ssize_t>(used_), static_cast<py::ssize_t>(used_ + nbytes), 1);
+    used_ += nbytes;
+    return whole_[part].attr("toreadonly")();
+  }
+
+ private:
+  py::object whole_;
+  unsigned char* data_ = nullptr;
+  std::size_t used_ = 0;
+};
+
+template <typename... T>
+std::size_t nbytes_of(const Column<T>&... columns) {
+  return (... + (columns.size() * sizeof(T)));
+}
+
 py::tuple graph_to_python(const Graph& graph) {
   Strings strings(graph.texts);
+  Columns columns(nbytes_of(graph.payloads, graph.nodes, graph.storages, graph.tensors, graph.dims));
   return py::make_tuple(
-      column(graph.kinds), column(graph.payloads), column(graph.nodes), strings.list(graph.strings),
+      column(graph.kinds), columns(graph.payloads), columns(graph.nodes), strings.list(graph.strings),
       shared_list(
           graph.blobs, [](const Span& blob) { return blob; }, bytes_of),
       shared_list(
@@ -129,8 +173,8 @@ py::tuple graph_to_python(const Graph& graph) {
               [&](std::size_t i) -> py::object {
                 return py::make_tuple(strings[graph.globals[2 * i]], strings[graph.globals[2 * i + 1]]);
               }),
-      column(graph.storages), joined_keys(graph), strings.list(graph.locations), column(graph.tensors),
-      column(graph.dims));
+      columns(graph.storages), joined_keys(graph), strings.list(graph.locations), columns(graph.tensors),
+      columns(graph.dims));
 }
 
 // The UTF-8 of a Python string, which `keep` holds if the string does not.

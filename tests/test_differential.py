@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,11 @@ def test_directories(native: Any, drawn: strategies.Drawn, base: int, data: st.D
         return
     entries, prefix_nbytes = parsed[1]
     names = [*strategies.RECORD_NAMES, "none", "\ud800", data.draw(st.text(max_size=3))]
-    compare(native, "find_records", block, bytearray(entries), prefix_nbytes, names)
+    encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+    ends = list(itertools.accumulate(map(len, encoded)))
+    some = list(memoryview(entries).cast("q")[Entry.NAME_START :: ENTRY_FIELDS])[:1]
+    for prefix in (b"", *(bytes(block[start : start + prefix_nbytes]) for start in some)):
+        compare(native, "find_records", block, bytearray(entries), prefix, b"".join(encoded), ends)
     rows = memoryview(entries).cast("q")
     for record in range(count):
         at = rows[record * ENTRY_FIELDS + Entry.HEADER_OFFSET] - base

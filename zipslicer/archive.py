@@ -6,6 +6,7 @@ the directory, and proved by the read that first fetches it (backend.read_record
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import Limits
 from .source import ByteSource, read_at
 
-__all__ = ["Archive"]
+__all__ = ["STORED", "Archive"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
@@ -76,6 +77,10 @@ class Archive:
         """One Entry field of a record."""
         return self._columns[record * ENTRY_FIELDS + field]
 
+    def column(self, field: int) -> list[int]:
+        """One Entry field of all records."""
+        return self._columns[field::ENTRY_FIELDS].tolist()
+
     def name(self, record: int) -> str:
         """A record's whole name, as text for people."""
         start = self.field(record, Entry.NAME_START)
@@ -87,7 +92,13 @@ class Archive:
 
     def find(self, names: Sequence[str]) -> list[int]:
         """For each name below the archive root its record, matched literally; -1 where there is none."""
-        return self.backend.find_records(self.block, self.entries, len(self.root), names)
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        return self.find_in("", b"".join(encoded), list(itertools.accumulate(map(len, encoded))))
+
+    def find_in(self, folder: str, names: bytes, ends: Sequence[int]) -> list[int]:
+        """The same for many names in a folder ("data/") below the root; see backend.Backend.find_records."""
+        prefix = self.root + folder.encode("utf-8", "surrogatepass")
+        return self.backend.find_records(self.block, self.entries, prefix, names, ends)
 
     def is_stored(self, record: int) -> bool:
         """Whether a record's bytes lie in the file as they are. Raises: UnsupportedError for a foreign compression."""

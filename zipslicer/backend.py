@@ -173,21 +173,21 @@ class Graph(NamedTuple):
     values at that moment (breadth first). strings, blobs and longs get one entry for each time one is met. What the
     pickle made and dropped again does not appear.
 
-    A backend returns a plain tuple of these, in this order. Rows are native-endian int64.
+    A backend returns a plain tuple of these, in this order. Rows are native-endian int64, in bytes or a read-only view.
     """
 
     kinds: bytes  # one byte a value
-    payloads: bytes  # int64 a value
-    nodes: bytes  # NODE_FIELDS int64 a node
+    payloads: Buffer  # int64 a value
+    nodes: Buffer  # NODE_FIELDS int64 a node
     strings: list[str]
     blobs: list[bytes]
     longs: list[int]
     globals: list[tuple[str, str]]
-    storages: bytes  # STORAGE_FIELDS int64 a storage
+    storages: Buffer  # STORAGE_FIELDS int64 a storage
     storage_keys: bytes  # all keys, one after the other, as UTF-8 (surrogatepass): most are never asked for
     locations: list[str]  # one a storage: "cpu", "cuda:0"
-    tensors: bytes  # TENSOR_FIELDS int64 a tensor
-    dims: bytes  # int64
+    tensors: Buffer  # TENSOR_FIELDS int64 a tensor
+    dims: Buffer  # int64
 
 
 class Backend(Protocol):
@@ -255,8 +255,13 @@ class Backend(Protocol):
         """
         ...
 
-    def find_records(self, block: bytes, entries: bytearray, prefix_nbytes: int, names: Sequence[str], /) -> list[int]:
-        """For each name below the archive root the index of the record that has it, byte for byte; -1 where none has."""
+    def find_records(
+        self, block: bytes, entries: bytearray, prefix: bytes, names: bytes, ends: Sequence[int], /
+    ) -> list[int]:
+        """For each name the index of the record that is called prefix + name, byte for byte; -1 where there is none.
+
+        The names stand one after the other in `names`; each ends at the byte that `ends` has for it.
+        """
         ...
 
     def parse_local_header(self, head: bytes, block: bytes, entries: bytearray, record: int, /) -> int:

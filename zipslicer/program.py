@@ -78,10 +78,9 @@ class Program:
         start = self.storages[(storage - 1) * STORAGE_FIELDS + end] if storage else 0
         return self._keys[start : self.storages[storage * STORAGE_FIELDS + end]].decode("utf-8", "surrogatepass")
 
-    def storage_keys(self) -> list[str]:
-        """The keys of all storages."""
-        ends = self.storages[StorageField.KEY_END :: STORAGE_FIELDS].tolist()
-        return [self._keys[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends)]
+    def storage_keys(self) -> tuple[bytes, list[int]]:
+        """The keys of all storages, one after the other, and where each ends."""
+        return self._keys, self.storages[StorageField.KEY_END :: STORAGE_FIELDS].tolist()
 
     def span(self, node: int) -> tuple[int, int]:
         """The positions [start, end) of a node's children."""
@@ -123,6 +122,12 @@ class Program:
         return kind in (Kind.DICT, Kind.ORDERED_DICT) or (
             kind == Kind.CALL and self.meaning(node) == Meaning.DEFAULTDICT
         )
+
+    def has_tensors(self, node: int) -> bool:
+        """Whether a tensor or storage is below a node."""
+        start, end = self.span(node)
+        # A flat state dict answers for itself, and a file that is one needs no look at each of its values.
+        return self.kinds.find(Kind.TENSOR, start, end) >= 0 or bool(self.with_tensors()[node])
 
     def with_tensors(self) -> bytearray:
         """For each node 1 if a tensor or storage is below it. Found once, from the tensors up."""

@@ -100,7 +100,7 @@ class View:
 
     def _make(self, position: int, node: int) -> Any:
         program = self.program
-        if not program.with_tensors()[node]:
+        if not program.has_tensors(node):
             return program.build(position, _no_tensor, self.special)
         if program.allowed(node) is not MISSING if program.kind(node) in (Kind.CALL, Kind.OBJECT) else False:
             return self.reader.builder([position]).build(position)
@@ -113,7 +113,7 @@ class View:
     def _plain(self, position: int) -> Any:
         """A tensor's own attributes, whole; tensors among them are read."""
         node = self.program.payloads[position]
-        if self.program.kinds[position] >= FIRST_NODE_KIND and self.program.with_tensors()[node]:
+        if self.program.kinds[position] >= FIRST_NODE_KIND and self.program.has_tensors(node):
             return self.reader.builder([position]).build(position)
         return self.program.build(position, _no_tensor, self.special)
 

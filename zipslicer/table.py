@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .archive import Archive
+from .archive import STORED, Archive
 from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
 from .errors import ArchiveError, TableError
 from .plan import Geometry, is_contiguous, numel
@@ -182,8 +182,20 @@ class TensorTable:
     def record_number(self, storage: int) -> int:
         """The record of a storage, -1 if there is none. All are looked up at once, on first touch."""
         if self._records is None:
-            self._records = self.archive.find([f"{self.folder}/{key}" for key in self.program.storage_keys()])
+            self._records = self._find_records()
         return self._records[storage]
+
+    def _find_records(self) -> list[int]:
+        records = self.archive.find_in(f"{self.folder}/", *self.program.storage_keys())
+        if not self.swapped:
+            # Those that need no second look: stored, and of just the size that the program says.
+            has, methods = self.archive.column(Entry.NBYTES), self.archive.column(Entry.METHOD)
+            wants = self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS].tolist()
+            self.direct[:] = [
+                record if record >= 0 and has[record] == want and methods[record] == STORED else -1
+                for record, want in zip(records, wants)
+            ]
+        return records
 
     def record(self, storage: int) -> int:
         """The record of a storage, found and measured.

@@ -101,9 +101,9 @@ class TensorReader:
             source.handle, source.stamp, archive.block, archive.entries, record, offset * itemsize, nbytes
         )
         middle = dims + ndim
-        sizes, strides = program.dims[dims:middle].tolist(), program.dims[middle : middle + ndim].tolist()
+        shape = program.dims[dims : middle + ndim].tolist()
         # In place, so that the result is no view of another tensor; half the cost of view().
-        return self._frombuffer(buffer, dtype=self.dtypes[dtype]).as_strided_(sizes, strides)
+        return self._frombuffer(buffer, dtype=self.dtypes[dtype]).as_strided_(shape[:ndim], shape[ndim:])
 
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]

@@ -171,12 +171,12 @@ def parse_directory(block: bytes, count: int, offset: int, base: int) -> tuple[b
     return bytearray(entries.tobytes()), len(prefix)
 
 
-def find_records(block: bytes, entries: bytearray, prefix_nbytes: int, names: Sequence[str]) -> list[int]:
+def find_records(block: bytes, entries: bytearray, prefix: bytes, names: bytes, ends: Sequence[int]) -> list[int]:
     """See backend.Backend.find_records."""
     rows = memoryview(entries).cast("q")
     starts, sizes = rows[8::ENTRY_FIELDS].tolist(), rows[9::ENTRY_FIELDS].tolist()
-    index = {block[start + prefix_nbytes : start + n]: i for i, (start, n) in enumerate(zip(starts, sizes))}
-    return [index.get(name.encode("utf-8", "surrogatepass"), -1) for name in names]
+    index = {block[start : start + n]: i for i, (start, n) in enumerate(zip(starts, sizes))}
+    return [index.get(prefix + names[start:end], -1) for start, end in zip([0, *ends], ends)]
 
 
 def _zip64(extra: bytes, nbytes: int, stored: int, header: int, where: int) -> tuple[int, int, int, bool]:
