@@ -662,9 +662,12 @@ void* map_aligned(std::size_t nbytes) {
 }  // namespace
 
 Memory::Memory(std::size_t nbytes) : nbytes_(nbytes) {
-  // Rounded to pages only: what follows the last whole huge page cannot become one, so nothing is held but what is
-  // used.
-  const std::size_t mapped = rounded_up(nbytes, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
+  // Rounded to small pages, so that nothing is held but what is used: what follows the last whole huge page cannot
+  // become one. Where that is nearly a whole one, it may: at most one byte in twenty is held and not used.
+  std::size_t mapped = rounded_up(nbytes, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
+  if (const std::size_t whole = rounded_up(nbytes, kHugePage); whole - nbytes <= nbytes / 20) {
+    mapped = whole;
+  }
   if (nbytes <= mapped && mapped < SIZE_MAX / 2 && mappings.load(std::memory_order_relaxed) < kMaxMappings) {
     data_ = static_cast<unsigned char*>(map_aligned(mapped));
   }

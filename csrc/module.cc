@@ -25,8 +25,9 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr std::size_t kLargeFrom = kHugePage;  // bytes; from here on a buffer is Memory, below a bytearray
-constexpr std::int64_t kSmallTo = 16 << 10;    // bytes; up to here a cached read is shorter than handing the GIL over
+// Bytes; from here on a buffer is Memory, below a bytearray. The least that Memory puts on a huge page.
+constexpr std::size_t kLargeFrom = kHugePage - kHugePage / 21;
+constexpr std::int64_t kSmallTo = 16 << 10;  // bytes; up to here a cached read is shorter than handing the GIL over
 
 // ---- errors ----
 

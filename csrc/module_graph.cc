@@ -120,7 +120,6 @@ py::object integer_of(const Long& number) {
   return int_type.attr("from_bytes")(bytes_of(number.digits), "little", py::arg("signed") = true);
 }
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kHugeFrom = std::size_t{1} << 20;  // bytes of columns; below, a huge page would be mostly empty
 
 // Columns as read-only buffers. Many bytes of them stand in one piece of memory on huge pages, where making them costs

@@ -199,7 +199,7 @@ class Backend(Protocol):
         ...
 
     def allocate(self, nbytes: int, /) -> Buffer:
-        """A writable buffer of nbytes, of any content; from 2 MiB on aligned to 2 MiB and on huge pages where there are any."""
+        """A writable buffer of nbytes, of any content; about 2 MiB and more on huge pages, where there are any."""
         ...
 
     def read_bytes(self, handle: Handle, offset: int, nbytes: int, /) -> bytes:

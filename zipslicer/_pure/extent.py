@@ -19,6 +19,7 @@ from ..errors import ArchiveError, ChangedError
 from .directory import ENTRY_FIELDS, LOCAL, parse_local_header
 
 HUGE_PAGE = 2 << 20
+LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte in twenty is not used
 CHUNK = 8 << 20  # one read of a large extent; a multiple of HUGE_PAGE, so that two threads never fault one page
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
@@ -31,10 +32,12 @@ Preadv = Callable[[Sequence[Any], int], int]
 
 def allocate(nbytes: int) -> Any:
     """See backend.Backend.allocate."""
-    if nbytes < HUGE_PAGE:
+    if nbytes < LARGE_FROM:
         return bytearray(nbytes)
-    # Over-mapped to find an aligned start: kernels before 6.7 place a mapping on any page.
-    room = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    # Over-mapped to find an aligned start: kernels before 6.7 place a mapping on any page. A last page that is nearly
+    # whole may become a huge one too.
+    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    room = mmap.mmap(-1, (whole if whole - nbytes <= nbytes // 20 else nbytes) + HUGE_PAGE)
     with contextlib.suppress(
         AttributeError, OSError, ValueError
     ):  # no huge pages here: 4 KiB ones are right, and slower
