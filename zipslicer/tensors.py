@@ -72,38 +72,48 @@ class TensorReader:
         self.place = _Place(torch, options)
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
         archive = table.archive
-        self._source = archive.source
         self._archive = archive
-        self._read_record = archive.backend.read_record
-        self._frombuffer = torch.frombuffer
-        self._in_inference_mode = torch.is_inference_mode_enabled
         # No device, no cast, no cache: bytes become tensors as they are.
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
+        # All that a small read needs, in one look-up.
+        self._hot = (
+            ROW.unpack_from,
+            table.program.tensors,
+            table.direct if self._is_plain else [-1] * len(table.direct),
+            table.program.dims,
+            archive.backend.read_record,
+            archive.source,
+            archive.block,
+            archive.entries,
+            torch.frombuffer,
+            self.dtypes,
+            torch.is_inference_mode_enabled,
+        )
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
         """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, and one read."""
-        table = self.table
-        program = table.program
-        storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = ROW.unpack_from(
-            program.tensors, number * ROW_NBYTES
+        unpack, rows, direct, all_dims, read_record, source, block, entries, frombuffer, dtypes, is_inference = (
+            self._hot
         )
-        record = table.direct[storage]
+        storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = unpack(rows, number * ROW_NBYTES)
+        record = direct[storage]
         nbytes = extent * itemsize
-        if record < 0:
-            if not nbytes or table.record(storage) != table.direct[storage]:
-                return self._tensor_slowly(number)
-            record = table.direct[storage]
-        if flags or not 0 < nbytes < THREADED or not self._is_plain or self._in_inference_mode():
-            return self._tensor_slowly(number)
-        archive, source = self._archive, self._source
-        buffer = self._read_record(
-            source.handle, source.stamp, archive.block, archive.entries, record, offset * itemsize, nbytes
-        )
-        middle = dims + ndim
-        shape = program.dims[dims : middle + ndim].tolist()
+        if record < 0 or flags or not 0 < nbytes < THREADED or is_inference():
+            return self._tensor_otherwise(number, storage)
+        buffer = read_record(source.handle, source.stamp, block, entries, record, offset * itemsize, nbytes)
+        shape = all_dims[dims : dims + 2 * ndim].tolist()
         # In place, so that the result is no view of another tensor; half the cost of view().
-        return self._frombuffer(buffer, dtype=self.dtypes[dtype]).as_strided_(shape[:ndim], shape[ndim:])
+        return frombuffer(buffer, dtype=dtypes[dtype]).as_strided_(shape[:ndim], shape[ndim:])
+
+    def _tensor_otherwise(self, number: int, storage: int) -> Any:
+        """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
+        table = self.table
+        if self._is_plain and table.direct[storage] < 0:
+            row = table.row(number)
+            if row.extent and table.record(storage) == table.direct[storage] and not row.flags:
+                return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
+        return self._tensor_slowly(number)
 
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]
