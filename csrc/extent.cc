@@ -597,24 +597,57 @@ bool PosixReader::changed() const {
          mtime.tv_sec * std::int64_t{1000000000} + mtime.tv_nsec != stamp_->mtime_ns;
 }
 
-bool read_record_cached(const PosixReader& reader, const Archive& archive, std::size_t record, std::int64_t start,
-                        Destination to) {
-  const Payload payload(archive.entries[record]);
-  if (!payload.proved || !reader.read_cached(to.data, to.nbytes, payload.offset + static_cast<std::uint64_t>(start))) {
+namespace {
+
+// read_unproved without waiting, where header and payload are near and the prediction is right.
+bool read_unproved_cached(const PosixReader& reader, const Archive& archive, std::size_t record,
+                          std::uint64_t predicted, std::uint64_t start, Destination to) {
+  Entry& entry = archive.entries[record];
+  const std::uint64_t header = header_of(entry);
+  if (predicted - header > kHeaderRoom || start > kHeaderRoom - (predicted - header)) {
     return false;
   }
-  if (reader.changed()) {
-    fail_changed();
+  unsigned char scratch[kHeaderRoom];
+  const iovec parts[] = {{scratch, static_cast<std::size_t>(predicted - header + start)}, {to.data, to.nbytes}};
+  if (!reader.read_cached(parts, 2, header)) {
+    return false;
   }
+  const Span head(scratch, static_cast<std::size_t>(predicted - header));
+  try {
+    if (local_header_nbytes(head) != head.size || parse_local_header(head, archive.block, entry) != predicted) {
+      return false;
+    }
+  } catch (const Error&) {  // told by the read that waits, which looks first whether the file was changed
+    return false;
+  }
+  store_relaxed(entry.payload_offset, static_cast<std::int64_t>(predicted));
   return true;
 }
 
-bool PosixReader::read_cached(void* to, std::size_t nbytes, std::uint64_t offset) const {
+}  // namespace
+
+bool read_record_cached(const PosixReader& reader, const Archive& archive, std::size_t record, std::int64_t start,
+                        Destination to) {
+  const Payload payload(archive.entries[record]);
+  const auto from = static_cast<std::uint64_t>(start);
+  const iovec part{to.data, to.nbytes};
+  const bool came = payload.proved ? reader.read_cached(&part, 1, payload.offset + from)
+                                   : read_unproved_cached(reader, archive, record, payload.offset, from, to);
+  if (came && reader.changed()) {
+    fail_changed();
+  }
+  return came;
+}
+
+bool PosixReader::read_cached(const iovec* parts, int count, std::uint64_t offset) const {
 #ifdef RWF_NOWAIT
-  const iovec part{to, nbytes};
-  return ::preadv2(fd_, &part, 1, static_cast<off_t>(offset), RWF_NOWAIT) == static_cast<ssize_t>(nbytes);
+  std::size_t wanted = 0;
+  for (int i = 0; i < count; ++i) {
+    wanted += parts[i].iov_len;
+  }
+  return ::preadv2(fd_, parts, count, static_cast<off_t>(offset), RWF_NOWAIT) == static_cast<ssize_t>(wanted);
 #else
-  static_cast<void>(to), static_cast<void>(nbytes), static_cast<void>(offset);
+  static_cast<void>(parts), static_cast<void>(count), static_cast<void>(offset);
   return false;
 #endif
 }

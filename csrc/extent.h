@@ -66,9 +66,9 @@ class PosixReader final : public Reader {
   [[nodiscard]] bool parallel() const override { return true; }
   [[nodiscard]] bool changed() const override;
 
-  // Fills one part from the page cache without ever waiting for a disk. False if that cannot be done; then the part
-  // holds anything.
-  bool read_cached(void* to, std::size_t nbytes, std::uint64_t offset) const;
+  // Fills the parts from the page cache without ever waiting for a disk. False if that cannot be done; then they hold
+  // anything.
+  bool read_cached(const iovec* parts, int count, std::uint64_t offset) const;
 
  private:
   int fd_;
@@ -120,8 +120,8 @@ void read_record(Reader& reader, const Archive& archive, std::size_t record, std
                  const Poll& poll);
 
 #ifndef _WIN32
-// The same of a record that is proved and in the page cache. False, and anything in `to`, if it is not: never waits for
-// a disk. Throws Error(changed). REQUIRES: check_range passed.
+// The same of a record that is in the page cache, and whose header is as predicted. False, and anything in `to`, if it
+// is not: never waits for a disk. Throws Error(changed). REQUIRES: check_range passed.
 bool read_record_cached(const PosixReader& reader, const Archive& archive, std::size_t record, std::int64_t start,
                         Destination to);
 #endif
