@@ -301,7 +301,7 @@ def read_once(path: str) -> int:
 
 def touch_memory(nbytes: int) -> None:
     """Take so much memory, write to every page, and give it back to this system's kernel."""
-    with mmap.mmap(-1, nbytes) as memory:
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         view = (ctypes.c_char * nbytes).from_buffer(memory)

@@ -58,3 +58,21 @@ def test_a_native_module_that_does_not_load_raises() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode
     assert "ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_large_buffer_is_not_shared_with_a_child() -> None:
+    """A mapping is private, or a forked worker would write into its parent's tensors."""
+    for backend in [choose("pure"), *([choose("native")] if BUILT else [])]:
+        view = memoryview(backend.allocate(3 << 20))
+        view[0] = 1
+        read, write = os.pipe()
+        if os.fork() == 0:  # pragma: no cover
+            view[0] = 2
+            os.write(write, b"done")
+            os._exit(0)
+        assert os.read(read, 4) == b"done"
+        os.wait()
+        os.close(read)
+        os.close(write)
+        assert view[0] == 1

@@ -27,6 +27,8 @@ MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 MAX_NBYTES = 0x7FFFF000  # what Linux reads in one call at most
 HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along
 
+PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 Preadv = Callable[[Sequence[Any], int], int]
 
 
@@ -37,7 +39,9 @@ def allocate(nbytes: int) -> Any:
     # Over-mapped to find an aligned start: kernels before 6.7 place a mapping on any page. A last page that is nearly
     # whole may become a huge one too.
     whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
-    room = mmap.mmap(-1, (whole if whole - nbytes <= nbytes // 20 else nbytes) + HUGE_PAGE)
+    size = (whole if whole - nbytes <= nbytes // 20 else nbytes) + HUGE_PAGE
+    # Private, which is not mmap's default: a shared mapping gets no huge pages, and forked children would write to it.
+    room = mmap.mmap(-1, size, **PRIVATE)
     with contextlib.suppress(
         AttributeError, OSError, ValueError
     ):  # no huge pages here: 4 KiB ones are right, and slower
