@@ -1,7 +1,7 @@
 # Every target makes what it needs: `make demo` and `make test` work on a fresh machine that has Python 3.10 or newer.
 #   make demo     the main job, on a checkpoint it makes, beside torch.load
 #   make test     all tests, on the native backend and then on the pure one
-#   make bench    the table of the README (its own environment, some 5 GB of files in benchmarks/.cache, half an hour)
+#   make bench    the table of the README (its own environment, 5 GB of files in benchmarks/.cache, 45 minutes)
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
 #   make clean    remove the environments and every build output; benchmarks/.cache goes with `make clean-bench`
 #

@@ -1,6 +1,6 @@
 """Compare zipslicer, native and pure, with the other ways to read a checkpoint: every sample in a fresh process.
 
-    make bench                                      what the README shows: every case, some 30 minutes
+    make bench                                      what the README shows: every case, some 45 minutes
     make bench BENCH_ARGS="--update-readme"         and put the table into the README
     make bench BENCH_ARGS="--cases keys,rows --contestants native,pure --samples 3"
 
@@ -69,17 +69,6 @@ def sample(case: str, contestant: str, seed: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # the last line: 0.8.1 prints others before it
 
 
-def warm_machine() -> None:
-    """Touch nearly all free memory once. A virtual machine gets it from its host at first touch, ten times as slowly.
-
-    The contestants touch as much as they need right before the clock, but get other pages back when it runs.
-    """
-    fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    free = next(int(words[1]) * 1024 for words in fields if words[0] == "MemFree:")
-    if free > 3 << 30:
-        contestants.touch_memory(free - (2 << 30))
-
-
 def collect(cases: list[str], names: list[str], samples: int, samples_whole: int) -> Samples:
     takes_part = {
         case: [name for name in names if case != "one" or contestants.CONTESTANTS[name].lazy] for case in cases
@@ -87,7 +76,6 @@ def collect(cases: list[str], names: list[str], samples: int, samples_whole: int
     collected: Samples = {case: {name: [] for name in takes_part[case]} for case in cases}
     start = time.monotonic()
     for turn in range(max(samples, samples_whole)):
-        warm_machine()
         for case in cases:
             if turn >= (samples_whole if case == "whole" else samples):
                 continue
