@@ -3,7 +3,7 @@
     python benchmarks/contestants.py CASE CONTESTANT [--seed N]
 
 What is equal for all, before the clock starts: torch and the contestant are imported and have read a tiny file; the
-file of the case has been read once, so that it lies in the page cache; nearly all free memory has been touched and
+file of the case has been read once, so that it lies in the page cache; half of the free memory has been touched and
 given back, since a virtual machine otherwise fetches it from its host inside the clock, ten times as slowly, and who
 pays is a matter of luck.
 What is equal after it has stopped: the tensors must lie in memory of their own, and their bytes are hashed.
@@ -302,11 +302,12 @@ def read_once(path: str) -> int:
 
 
 def touch_memory(least: int) -> None:
-    """Take nearly all free memory, write to every page, and give it back to this system's kernel.
+    """Take half of the free memory, write to every page, and give it back to this system's kernel.
 
-    As much as the work needs would not do: the kernel may hand out other pages next.
+    As much as the work needs would not do, since the kernel may hand out other pages next; all of it, and two such
+    processes at once would be the end of one.
     """
-    nbytes = max(least, min(proc_bytes("/proc/meminfo", "MemFree") - (1 << 30), MOST_TOUCHED))
+    nbytes = max(least, min(proc_bytes("/proc/meminfo", "MemFree") // 2, MOST_TOUCHED))
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
