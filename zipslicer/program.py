@@ -532,4 +532,5 @@ def _no_program(archive: Archive, record: str) -> ZipSlicerError:
         return UnsupportedError("this is an archive of torch.export (.pt2)", path=archive.source.path)
     if ".data/extern_modules" in has:
         return UnsupportedError("this is an archive of torch.package", path=archive.source.path)
-    return ArchiveError(f"the archive has no record {record!r}: torch.save did not finish it", path=archive.source.path)
+    why = ": torch.save did not finish it" if record == "data.pkl" else ""
+    return ArchiveError(f"the archive has no record {record!r}{why}", path=archive.source.path)

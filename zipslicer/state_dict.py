@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, overload
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
 from .errors import CheckpointError, TableError, ZipSlicerError
-from .policy import NOT_PLAIN, Description, Meaning, Placeholder, construct
+from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct
 from .program import ARGS, KWARGS, MISSING, STATE, Program
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
@@ -975,8 +975,6 @@ def _info_of(tensor: Any) -> TensorInfo:
 
 
 def _code(dtype_name: str) -> str:
-    from .policy import DTYPES
-
     return next((d.code for d in DTYPES if d.name == dtype_name and d.code), dtype_name)
 
 
