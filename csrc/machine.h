@@ -99,6 +99,20 @@ struct Long {
   bool decimal;
 };
 
+// One row of Graph.tensors, as backend.TensorField.
+struct TensorRow {
+  std::int64_t storage;
+  std::int64_t dtype;
+  std::int64_t itemsize;
+  std::int64_t storage_offset;  // elements
+  std::int64_t dims;            // where its sizes begin; its strides follow them
+  std::int64_t ndim;
+  std::int64_t flags;
+  std::int64_t offset;  // of the REDUCE opcode
+  std::int64_t extent;  // elements from the first to the last one; 0 if it is empty
+};
+static_assert(sizeof(TensorRow) == 9 * sizeof(std::int64_t));
+
 // The columns of backend.Graph. Where that has a string, this has an index into `texts`, so that a string which is met
 // often is decoded once. Spans point into the program, which must outlive the graph.
 struct Graph {

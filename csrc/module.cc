@@ -18,6 +18,7 @@
 #include "bytes.h"
 #include "directory.h"
 #include "extent.h"
+#include "machine.h"
 #include "module_graph.h"
 
 namespace zipslicer {
@@ -167,6 +168,39 @@ class Views {
 
  private:
   std::vector<View> views_;
+};
+
+// A buffer of rows of int64, held for the time of a call.
+template <typename T>
+class Rows {
+ public:
+  explicit Rows(const py::handle& buffer) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE) != 0) {
+      throw py::error_already_set();
+    }
+    if (static_cast<std::size_t>(view_.len) % sizeof(T) != 0 ||
+        reinterpret_cast<std::uintptr_t>(view_.buf) % alignof(T) != 0) {
+      PyBuffer_Release(&view_);
+      throw std::invalid_argument("this is not made of whole rows of int64");
+    }
+    count_ = static_cast<std::size_t>(view_.len) / sizeof(T);
+  }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+  ~Rows() { PyBuffer_Release(&view_); }
+
+  [[nodiscard]] const T& at(std::int64_t number) const { return *run(number, 1); }
+
+  [[nodiscard]] const T* run(std::int64_t start, std::size_t count) const {
+    if (start < 0 || static_cast<std::uint64_t>(start) > count_ || count > count_ - static_cast<std::size_t>(start)) {
+      throw std::out_of_range("no such row");
+    }
+    return static_cast<const T*>(view_.buf) + start;
+  }
+
+ private:
+  Py_buffer view_{};
+  std::size_t count_ = 0;
 };
 
 // `entries` as parse_directory made it, of the directory `block`.
@@ -371,9 +405,20 @@ void read_records_of(const py::object& handle, const py::object& stamp, const py
   });
 }
 
-// The hot path, called once a small tensor. Not wrapped by pybind11, which would add 0.16 us to 1.1 us.
+// A small read, from the page cache without giving up the GIL where all of it is there.
+void read_small(const py::handle& handle, const Stamp* stamp, const Archive& archive, std::size_t record,
+                std::int64_t start, Destination to) {
+#ifndef _WIN32
+  if (to.nbytes <= static_cast<std::size_t>(kSmallTo) && PyLong_Check(handle.ptr()) != 0 &&
+      read_record_cached(PosixReader(descriptor_of(handle), stamp), archive, record, start, to)) {
+    return;
+  }
+#endif
+  with_reader(handle, stamp,
+              [&](Reader& reader, const Poll& poll) { read_record(reader, archive, record, start, to, poll); });
+}
+
 py::object read_record_of(PyObject* const* arguments) {
-  const py::handle handle = arguments[0];
   Stamp opened;
   const Stamp* const stamp = stamp_of(arguments[1], opened) ? &opened : nullptr;
   const ArchiveView view(arguments[2], arguments[3]);
@@ -382,24 +427,50 @@ py::object read_record_of(PyObject* const* arguments) {
   const std::int64_t nbytes = integer_of(arguments[6]);
   check_range(view.archive, record, start, nbytes);  // before memory is taken
   NewBuffer buffer(nbytes);
-#ifndef _WIN32
-  if (nbytes <= kSmallTo && PyLong_Check(handle.ptr()) != 0 &&
-      read_record_cached(PosixReader(descriptor_of(handle), stamp), view.archive, record, start, buffer.to)) {
-    return std::move(buffer.object);
-  }
-#endif
-  with_reader(handle, stamp, [&](Reader& reader, const Poll& poll) {
-    read_record(reader, view.archive, record, start, buffer.to, poll);
-  });
+  read_small(arguments[0], stamp, view.archive, record, start, buffer.to);
   return std::move(buffer.object);
 }
 
-PyObject* read_record_raw(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) noexcept {
+py::tuple tuple_of(const std::int64_t* numbers, std::size_t count) {
+  py::tuple made(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    made[i] = numbers[i];
+  }
+  return made;
+}
+
+// handle, stamp, block, entries, tensors, dims, direct, number, limit. The hot path, called once a small tensor.
+py::object read_tensor_of(PyObject* const* arguments) {
+  const Rows<TensorRow> rows(arguments[4]);
+  const Rows<std::int64_t> dims(arguments[5]);
+  const Rows<std::int64_t> direct(arguments[6]);
+  const TensorRow& row = rows.at(integer_of(arguments[7]));
+  const std::int64_t record = direct.at(row.storage);
+  const std::int64_t limit = integer_of(arguments[8]);
+  if (record < 0 || row.flags != 0 || row.extent <= 0 || row.itemsize <= 0 || row.extent >= limit / row.itemsize) {
+    return py::none();
+  }
+  Stamp opened;
+  const Stamp* const stamp = stamp_of(arguments[1], opened) ? &opened : nullptr;
+  const ArchiveView view(arguments[2], arguments[3]);
+  const std::int64_t start = row.storage_offset * row.itemsize;
+  const std::int64_t nbytes = row.extent * row.itemsize;
+  check_range(view.archive, static_cast<std::size_t>(record), start, nbytes);
+  NewBuffer buffer(nbytes);
+  read_small(arguments[0], stamp, view.archive, static_cast<std::size_t>(record), start, buffer.to);
+  const auto ndim = static_cast<std::size_t>(row.ndim);
+  const std::int64_t* const sizes = dims.run(row.dims, 2 * ndim);
+  return py::make_tuple(std::move(buffer.object), row.dtype, tuple_of(sizes, ndim), tuple_of(sizes + ndim, ndim));
+}
+
+// Functions that take their arguments as an array. pybind11's wrapping would add 0.16 us to 1.1 us.
+template <py::object (*read)(PyObject* const*), Py_ssize_t expected>
+PyObject* raw(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) noexcept {
   try {
-    if (count != 7) {
-      throw py::type_error("read_record takes handle, stamp, block, entries, record, start, nbytes");
+    if (count != expected) {
+      throw py::type_error("this function takes " + std::to_string(expected) + " arguments");
     }
-    return read_record_of(arguments).release().ptr();
+    return read(arguments).release().ptr();
   } catch (...) {
     return translate_all();
   }
@@ -462,9 +533,19 @@ py::list find_records_of(const py::bytes& block, const py::object& entries, cons
 
 // ---- the module ----
 
+template <py::object (*read)(PyObject* const*), Py_ssize_t expected>
+PyMethodDef raw_method(const char* name, const char* signature) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(raw<read, expected>)), METH_FASTCALL,
+          signature};
+}
+
 PyMethodDef raw_functions[] = {
-    {"read_record", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(read_record_raw)), METH_FASTCALL,
-     "read_record($module, handle, stamp, block, entries, record, start, nbytes, /)\n--\n\n"},
+    raw_method<read_record_of, 7>("read_record",
+                                  "read_record($module, handle, stamp, block, entries, record, start, nbytes, /)"
+                                  "\n--\n\n"),
+    raw_method<read_tensor_of, 9>("read_tensor",
+                                  "read_tensor($module, handle, stamp, block, entries, tensors, dims, direct, number, "
+                                  "limit, /)\n--\n\n"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from zipslicer import _pure, policy
 from zipslicer.backend import ENTRY_FIELDS, JOB_FIELDS, Entry
 from zipslicer.errors import ChangedError, ZipSlicerError
+from zipslicer.source import Memory
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +301,34 @@ def test_records(
             assert result[1] == content[proved[record] + start : proved[record] + start + size]
     if at_once[0] == "came":
         assert [buffer[3:-2] for buffer in at_once[1][:-1]] == [result[1] for result in one_by_one[:-1]]
+
+
+@given(st.data())
+def test_read_tensor(native: Any, data: st.DataObject) -> None:
+    content = makers.checkpoint(b"N.", {"0": bytes(range(64)), "1": bytes(range(64, 80))}).data
+    offset, nbytes, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + nbytes]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    records = _pure.find_records(block, entries, b"archive/data/", b"01", [1, 2])
+    assert min(records) >= 0
+    direct = array("q", [*records, -1])
+    storage = data.draw(st.sampled_from([0, 0, 1, 2]))
+    itemsize = data.draw(st.sampled_from([1, 2, 4, 8]))
+    start = data.draw(st.integers(0, 3))
+    extent = data.draw(st.integers(0, max(0, (16 if storage else 64) // itemsize - start)))
+    dims = array("q", data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=4)))
+    ndim = data.draw(st.integers(0, 2))
+    flags = data.draw(st.sampled_from([0, 0, 0, 1, 2, 4]))
+    row = array("q", (storage, 3, itemsize, start, 0, ndim, flags, 0, extent)).tobytes()
+    handle = Memory(content).handle
+    limit = data.draw(st.sampled_from([1, 16, 4096]))
+    result = compare(native, "read_tensor", handle, b"", block, entries, row, memoryview(dims), direct, 0, limit)
+    if storage == 2 or flags or not 0 < extent * itemsize < limit:
+        assert result == ("came", None)
+    else:
+        first = 64 * storage + start * itemsize
+        expected = bytes(range(first, first + extent * itemsize))
+        assert result == ("came", (expected, 3, tuple(dims[:ndim]), tuple(dims[ndim : 2 * ndim])))
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads through a descriptor at a position")

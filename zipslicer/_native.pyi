@@ -12,6 +12,18 @@ def read_bytes(handle: Handle, offset: int, nbytes: int, /) -> bytes: ...
 def read_record(
     handle: Handle, stamp: bytes, block: bytes, entries: bytearray, record: int, start: int, nbytes: int, /
 ) -> Buffer: ...
+def read_tensor(
+    handle: Handle,
+    stamp: bytes,
+    block: bytes,
+    entries: bytearray,
+    tensors: Buffer,
+    dims: Buffer,
+    direct: Buffer,
+    number: int,
+    limit: int,
+    /,
+) -> tuple[Buffer, int, tuple[int, ...], tuple[int, ...]] | None: ...
 def read_records(
     handle: Handle,
     stamp: bytes,

@@ -222,6 +222,29 @@ class Backend(Protocol):
         """
         ...
 
+    def read_tensor(
+        self,
+        handle: Handle,
+        stamp: bytes,
+        block: bytes,
+        entries: bytearray,
+        tensors: Buffer,
+        dims: Buffer,
+        direct: Buffer,
+        number: int,
+        limit: int,
+        /,
+    ) -> tuple[Buffer, int, tuple[int, ...], tuple[int, ...]] | None:
+        """The extent of row `number` of Graph.tensors by read_record -> (buffer, dtype, sizes, strides).
+
+        `direct` is an int64 for each storage: the stored record that holds its bytes as they are, or -1. None for a row
+        without one, with flags, of no elements, or of `limit` bytes or more: what is not the common case of small
+        tensors, which this makes one call.
+
+        Raises: OSError, ArchiveError, ChangedError.
+        """
+        ...
+
     def read_records(
         self,
         handle: Handle,

@@ -7,6 +7,7 @@ a row, or a wrapper of one that we know (a Parameter, a tensor with attributes).
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -156,7 +157,7 @@ class TensorTable:
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
         self._records: list[int] | None = None
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
-        self.direct: list[int] = [-1] * program.storage_count
+        self.direct = array("q", [-1]) * program.storage_count
 
     def row(self, number: int) -> Row:
         return Row(*ROW.unpack_from(self.program.tensors, number * ROW_NBYTES))
@@ -191,10 +192,9 @@ class TensorTable:
             # Those that need no second look: stored, and of just the size that the program says.
             has, methods = self.archive.column(Entry.NBYTES), self.archive.column(Entry.METHOD)
             wants = self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS].tolist()
-            self.direct[:] = [
-                record if record >= 0 and has[record] == want and methods[record] == STORED else -1
-                for record, want in zip(records, wants)
-            ]
+            for storage, (record, want) in enumerate(zip(records, wants)):
+                if record >= 0 and has[record] == want and methods[record] == STORED:
+                    self.direct[storage] = record  # in place: a reader holds it
         return records
 
     def record(self, storage: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
 from .errors import TableError
-from .plan import Geometry, hull, index, numel, pieces
+from .plan import Geometry, hull, index, is_contiguous, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning
 from .program import Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
@@ -76,15 +76,14 @@ class TensorReader:
         # No device, no cast, no cache: bytes become tensors as they are.
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
         # All that a small read needs, in one look-up.
-        self._hot = (
-            ROW.unpack_from,
-            table.program.tensors,
-            table.direct if self._is_plain else [-1] * len(table.direct),
-            table.program.dims,
-            archive.backend.read_record,
+        self._hot: tuple[Any, ...] = (
+            archive.backend.read_tensor,
             archive.source,
             archive.block,
             archive.entries,
+            table.program.tensors,
+            table.program.dims,
+            table.direct if self._is_plain else array("q", [-1]) * len(table.direct),
             torch.frombuffer,
             self.dtypes,
             torch.is_inference_mode_enabled,
@@ -93,26 +92,23 @@ class TensorReader:
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
         """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, and one read."""
-        unpack, rows, direct, all_dims, read_record, source, block, entries, frombuffer, dtypes, is_inference = (
-            self._hot
-        )
-        storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = unpack(rows, number * ROW_NBYTES)
-        record = direct[storage]
-        nbytes = extent * itemsize
-        if record < 0 or flags or not 0 < nbytes < THREADED or is_inference():
-            return self._tensor_otherwise(number, storage)
-        buffer = read_record(source.handle, source.stamp, block, entries, record, offset * itemsize, nbytes)
-        shape = all_dims[dims : dims + 2 * ndim].tolist()
+        read_tensor, source, block, entries, rows, dims, direct, frombuffer, dtypes, is_inference = self._hot
+        if is_inference():
+            return self._tensor_slowly(number)
+        found = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED)
+        if found is None:
+            return self._tensor_otherwise(number)
+        buffer, dtype, sizes, strides = found
         # In place, so that the result is no view of another tensor; half the cost of view().
-        return frombuffer(buffer, dtype=dtypes[dtype]).as_strided_(shape[:ndim], shape[ndim:])
+        return frombuffer(buffer, dtype=dtypes[dtype]).as_strided_(sizes, strides)
 
-    def _tensor_otherwise(self, number: int, storage: int) -> Any:
+    def _tensor_otherwise(self, number: int) -> Any:
         """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
-        table = self.table
-        if self._is_plain and table.direct[storage] < 0:
-            row = table.row(number)
-            if row.extent and table.record(storage) == table.direct[storage] and not row.flags:
-                return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
+        table, row = self.table, self.table.row(number)
+        storage = row.storage
+        found_now = self._is_plain and table.direct[storage] < 0 and row.extent > 0
+        if found_now and table.record(storage) == table.direct[storage] and not row.flags:
+            return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
         return self._tensor_slowly(number)
 
     def _dtype(self, dtype: int) -> Any:
@@ -242,6 +238,12 @@ class TensorReader:
         torch, row = self.torch, self.table.row(leaf.number)
         geometry, flips = index(self.table.geometry(row), wanted)
         dtype = self._dtype(row.dtype)
+        nbytes = numel(geometry.sizes) * row.itemsize
+        is_run = nbytes > 0 and not flips and is_contiguous(geometry.sizes, geometry.strides)
+        if is_run and self._is_as_it_is(row) and not torch.is_inference_mode_enabled():  # some rows: a step less
+            (buffer,) = self._buffers([(row.storage, geometry.storage_offset * row.itemsize, nbytes)])
+            made = torch.frombuffer(buffer, dtype=dtype).as_strided_(geometry.sizes, geometry.strides)
+            return made.requires_grad_() if leaf.requires_grad else made
         with torch.inference_mode(False):
             if self.place.is_meta:
                 made = torch.empty(geometry.sizes, dtype=dtype, device="meta")
@@ -257,6 +259,10 @@ class TensorReader:
                 made = self.place.tensor(made, self.table.program.locations[row.storage])
                 made = self._finish(made, row._replace(flags=row.flags & ~1)).expand(geometry.sizes)
         return made.requires_grad_() if leaf.requires_grad else made
+
+    def _is_as_it_is(self, row: Row) -> bool:
+        """Whether bytes of a row become a tensor without a further step, but for requires_grad."""
+        return self._is_plain and not (self.table.swapped or row.conj or row.neg)
 
     def _read_slice(self, row: Row, geometry: Geometry) -> Any:
         """The elements as integers of the same size, which every kernel of torch can copy and turn around."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .directory import find_directory, find_records, parse_directory, parse_local_header
-from .extent import allocate, read_bytes, read_record, read_records
+from .extent import allocate, read_bytes, read_record, read_records, read_tensor
 from .machine import scan_pickle
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "read_bytes",
     "read_record",
     "read_records",
+    "read_tensor",
     "scan_pickle",
 ]
 

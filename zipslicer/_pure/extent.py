@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import struct
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ CHUNK = 8 << 20  # one read of a large extent; a multiple of HUGE_PAGE, so that 
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
 MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
+TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 MAX_NBYTES = 0x7FFFF000  # what Linux reads in one call at most
 HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along
 
@@ -171,6 +173,28 @@ def read_record(
         raise
     _check_stamp(handle, stamp)
     return buffer
+
+
+def read_tensor(
+    handle: Any,
+    stamp: bytes,
+    block: bytes,
+    entries: bytearray,
+    tensors: Any,
+    dims: Any,
+    direct: Any,
+    number: int,
+    limit: int,
+) -> tuple[Any, int, tuple[int, ...], tuple[int, ...]] | None:
+    """See backend.Backend.read_tensor."""
+    storage, dtype, itemsize, offset, start, ndim, flags, _, extent = TENSOR.unpack_from(tensors, number * TENSOR.size)
+    record = direct[storage]
+    nbytes = extent * itemsize
+    if record < 0 or flags or not 0 < nbytes < limit:
+        return None
+    buffer = read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes)
+    shape = dims[start : start + 2 * ndim].tolist()
+    return buffer, dtype, tuple(shape[:ndim]), tuple(shape[ndim:])
 
 
 def _read_unproved(preadv: Preadv, block: bytes, entries: bytearray, record: int, start: int, view: memoryview) -> None:
