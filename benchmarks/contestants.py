@@ -39,7 +39,7 @@ SMALL_READS_BEFORE = 50  # of other keys, not timed
 ROWS = slice(1000, 1500)
 TOUCHED = 256 << 20  # bytes of huge pages that are touched before the clock, beside what the work is known to need
 TOUCHED_SMALL = 512 << 20  # the same of small pages
-MOST_ROUNDS = 9
+HOLD_SECONDS = 2.5
 SOME_LAYERS = ("model.layers.11.", "model.layers.29.")
 
 
@@ -314,21 +314,17 @@ def hold_memory(nbytes: int, advice: str = "MADV_HUGEPAGE") -> mmap.mmap:
 
 
 def touch_memory(nbytes: int) -> None:
-    """Take memory, write to every page, and give it back to this system's kernel, until that is as fast as it gets.
+    """Take memory, write to every page, and give it back to this system's kernel, which will hand it out again.
 
-    First small pages, which use up the remains of larger ones, as the first pages that the work gets will be; then
-    huge ones. A host takes freed memory back within seconds, so a round that was slow is followed by another.
+    First small pages, which use up the remains of larger ones, as the first pages that the work gets will; then huge
+    ones. Linux offers freed pages to the host two seconds after they were freed: holding these for longer lets what
+    was freed before go its way, and then the clock has two seconds.
     """
-    paces = []
-    for _ in range(MOST_ROUNDS):
-        start = time.perf_counter()
-        small = hold_memory(TOUCHED_SMALL, "MADV_NOHUGEPAGE")
-        huge = hold_memory(nbytes)
-        paces.append(time.perf_counter() - start)
-        huge.close()
-        small.close()
-        if len(paces) > 2 and paces[-1] < 1.1 * min(paces):
-            break
+    small = hold_memory(TOUCHED_SMALL, "MADV_NOHUGEPAGE")
+    huge = hold_memory(nbytes)
+    time.sleep(HOLD_SECONDS)
+    huge.close()
+    small.close()
 
 
 def proc_bytes(path: str, field: str) -> int:
