@@ -1,9 +1,10 @@
 # Every target makes what it needs: `make demo` and `make test` work on a fresh machine that has Python 3.10 or newer.
 #   make demo     the main job, on a checkpoint it makes, beside torch.load
 #   make test     all tests, on the native backend and then on the pure one
+#   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
 #   make bench    the table of the README (its own environment, 5 GB of files in benchmarks/.cache, 45 minutes)
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
-#   make clean    remove the environments and every build output; benchmarks/.cache goes with `make clean-bench`
+#   make clean    remove the environments and every build output; the two .cache folders go with `make clean-bench`
 #
 # PYTHON=python3.12      the interpreter of the environments
 # PYTEST_ARGS="-k slice" handed to pytest          BENCH_ARGS="--samples 3" handed to benchmarks/run.py
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test bench lint format clean clean-bench
+.PHONY: help demo examples test real bench lint format clean clean-bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -92,6 +93,10 @@ test: $(VENV)/.installed
 	done; \
 	echo "== tests:$$summary"; exit $$status
 
+# The one step of the tests that needs the network; without it, these tests are skipped.
+real: $(VENV)/.packages
+	$(VENV)/bin/python tests/real_checkpoints.py
+
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
@@ -112,4 +117,4 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-bench:
-	rm -rf benchmarks/.cache
+	rm -rf benchmarks/.cache tests/.cache
