@@ -240,7 +240,7 @@ def sharing(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     found = {}
     for name, value in values.items():
         memory = memory_of(value)
-        key = memory.data_ptr() if memory.nbytes() else name  # no bytes, none to share
+        key = memory._cdata if memory.nbytes() else name  # no bytes, none to share
         found[name] = (memories.setdefault(key, name), objects.setdefault(id(value), name))
     return found
 
