@@ -100,7 +100,7 @@ def test_the_descriptor_goes_with_the_source(path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [3, None, 1.5, ["a.pt"], object()])
 def test_what_is_no_source_is_a_type_error(bad: object) -> None:
-    with pytest.raises(TypeError, match="path, bytes or a seekable binary file"):
+    with pytest.raises(TypeError, match="path, bytes or a binary file object"):
         open_source(bad)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .backend import ENTRY_FIELDS, JOB_FIELDS, Backend, Buffer, Entry, Job
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
@@ -22,6 +22,15 @@ TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records
 STORED, DEFLATED = 0, 8
 LOCAL_SIGNATURE = b"PK\x03\x04"
 METHOD_NAMES = {1: "shrink", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
+SIGNATURES = {
+    b"\x1f\x8b": "a gzip stream inside another file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"\xfd7zXZ\0": "compressed with xz; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array (numpy.load reads it)",
+}  # of other formats; torch.load reads none of them
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # of the stream format that torch wrote before 1.6
 
 
@@ -34,6 +43,8 @@ class Archive:
         ArchiveError: the container is damaged, or can be read in two ways.
         UnsupportedError: the file is something else that torch writes, or is compressed in a way torch does not.
     """
+
+    metadata: Mapping[str, str] = {"format": "pt"}  # of the file, as safetensors has it
 
     def __init__(
         self, source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None
@@ -186,7 +197,7 @@ class Archive:
 
 def _window(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
-        return 0, source.size
+        return source.start, source.size - source.start
     offset, nbytes = window
     if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
         raise ValueError(f"window={window} does not lie in a file of {source.size} bytes")
@@ -205,11 +216,26 @@ def _refuse_other_formats(head: bytes, tail: bytes, base: int) -> None:
         )
     if head[257:262] == b"ustar":
         raise UnsupportedError("this is a tar file of a torch before 0.1.10", offset=base)
-    if head.startswith(b"version https://git-lfs"):
-        raise ArchiveError("this is a Git LFS pointer, not the file it points to: run `git lfs pull`", offset=base)
     if not head:
-        raise ArchiveError("the file is empty", offset=base)
+        nothing = f"nothing follows byte {base}, where the window or the position of the file object is"
+        raise ArchiveError(nothing if base else "the file is empty", offset=base)
+    other = _what_else(head)
+    if other is not None:
+        raise ArchiveError(f"no checkpoint: {other}", offset=base)
     if b"PK\x05\x06" not in tail:
         raise ArchiveError(
             f"no checkpoint: the file begins with {head[:4]!r}, a ZIP archive with {LOCAL_SIGNATURE!r}", offset=base
         )
+
+
+def _what_else(head: bytes) -> str | None:
+    """What is often found under the name of a checkpoint, and what to do about it."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file it points to; run `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "this is a web page; the download has failed, or wants you to log in"
+    if text.startswith((b"{", b"[")):
+        is_index = b'"weight_map"' in head or b'"metadata"' in head
+        return "this is JSON text" + ("; an index of shards must be called *.json to be read" if is_index else "")
+    return next((f"this is {name}" for magic, name in SIGNATURES.items() if head.startswith(magic)), None)

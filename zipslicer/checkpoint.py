@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import sys
 import warnings
 import zlib
-from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +16,12 @@ from .backend import choose
 from .errors import ArchiveError, ChangedError
 from .policy import Limits
 from .program import run_program
+from .safetensors_file import is_safetensors, safetensors_table
+from .shards import ShardedView, locate, read_index
 from .source import ByteSource, open_source
 from .state_dict import LazyStateDict, View
 from .table import TensorTable
-from .tensors import ReadOptions
+from .tensors import ReadOptions, default_threads
 
 __all__ = ["Checkpoint", "backend", "load", "open"]
 
@@ -46,27 +50,26 @@ class Checkpoint:
 
     @property
     def path(self) -> str | None:
-        return self._view.table.archive.source.path
+        return self._view.path
 
     @property
     def root(self) -> Any:
-        return self._view.touch(0)
+        return self._view.root
 
     @property
     def tensors(self) -> LazyStateDict:
         if self._tensors is None:
-            names = self._view.table.tensors(0)
-            self._tensors = LazyStateDict._of(self._view, None, names, {}, None)
+            self._tensors = self._view.tensors()
         return self._tensors
 
     @property
     def placeholders(self) -> dict[str, Any]:
-        return {name: self._view.touch(position) for name, position in self._view.table.strangers().items()}
+        return self._view.strangers()
 
     @property
     def records(self) -> list[str]:
-        """The names of all records of the archive, in directory order."""
-        return self._view.table.archive.names()
+        """The names of all records of the archive, in directory order; after the name of its file where there are shards."""
+        return self._view.records()
 
     def close(self) -> None:
         self._view.close()
@@ -78,8 +81,8 @@ class Checkpoint:
         self.close()
 
     def __repr__(self) -> str:
-        program = self._view.program
-        return f"Checkpoint({self.path!r}: {program.tensor_count} tensors, {program.storage_count} storages)"
+        tensors, storages = self._view.counts()
+        return f"Checkpoint({self.path!r}: {tensors} tensors, {storages} storages)"
 
 
 def open(
@@ -94,11 +97,14 @@ def open(
     limits: Limits | None = None,
     window: tuple[int, int] | None = None,
     record: str = "data.pkl",
+    check: bool = True,
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
 
     Args:
-        source: a path, bytes, or a seekable binary file object.
+        source: a path; bytes, a bytearray, memoryview or mmap; a binary file object, which is read from its position on;
+            a folder, or an index of shards (*.json). What is a gzip stream is unpacked to a temporary file first, and a
+            safetensors file is opened through the package of that name.
         map_location: where tensors go: a device, a dict from the file's device names to devices, or a callable
             (storage, device name) -> storage or None, as torch.load has it. None is the CPU, whatever the file names.
         dtype: a floating-point torch.dtype: floating-point tensors are cast to it when they are read.
@@ -109,6 +115,7 @@ def open(
         limits: what the file may ask for before a tensor is touched.
         window: (offset, nbytes) of an archive inside a larger file.
         record: the pickle to read, where an archive has several: TorchScript keeps its constants in "constants.pkl".
+        check: of shards: open all files at once and compare their keys with the index. False opens each when it is touched.
 
     Raises:
         OSError: the system cannot open or read it.
@@ -118,12 +125,12 @@ def open(
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
     options = ReadOptions(map_location, dtype, cache_tensors, threads)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
-    bytes_in = open_source(source)
-    try:
-        return Checkpoint(_view(bytes_in, options, terms))
-    except BaseException:
-        bytes_in.close()
-        raise
+    found, is_index = locate(source)
+    if is_index:
+        if window is not None:
+            raise ValueError("window= is of one file, and this is an index of several")
+        return Checkpoint(_sharded(os.fspath(found), options, terms, check))
+    return Checkpoint(_file(options, terms, found))
 
 
 def load(
@@ -140,6 +147,7 @@ def load(
     limits: Limits | None = None,
     window: tuple[int, int] | None = None,
     record: str = "data.pkl",
+    check: bool = True,
 ) -> Any:
     """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
 
@@ -161,6 +169,7 @@ def load(
         limits=limits,
         window=window,
         record=record,
+        check=check,
     ).root
 
 
@@ -175,16 +184,44 @@ class _Terms:
     record: str
 
 
+def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:
+    """One file, whatever holds it."""
+    bytes_in = open_source(source, terms.limits)
+    try:
+        return _view(bytes_in, options, terms)
+    except BaseException:
+        bytes_in.close()
+        raise
+
+
+def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> View:
+    """The files of an index."""
+    view = ShardedView(read_index(path, _BACKEND, terms.limits), functools.partial(_file, options, terms))
+    try:
+        if check:
+            view.check(options.threads or default_threads())
+    except BaseException:
+        view.close()
+        raise
+    return view
+
+
 def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
+    table = _table(source, terms)
+    again = None
+    if source.path is not None:
+        again = (_reopen, (source.path, options, terms, zlib.crc32(table.archive.block)))
+    return View(table, options, again)
+
+
+def _table(source: ByteSource, terms: _Terms) -> TensorTable:
     """The steps: source -> archive -> program -> table."""
+    if terms.window is None and is_safetensors(source, _BACKEND):
+        return safetensors_table(source, _BACKEND, terms.limits)
     archive = Archive(source, _BACKEND, terms.limits, terms.window)
     swapped = _is_swapped(archive)
     program = run_program(archive, terms.limits, record=terms.record, unknown=terms.unknown, allow=terms.allow)
-    table = TensorTable(program, archive, swapped, terms.record.removesuffix(".pkl"))
-    again = None
-    if source.path is not None:
-        again = (_reopen, (source.path, options, terms, zlib.crc32(archive.block)))
-    return View(table, options, again)
+    return TensorTable(program, archive, swapped, terms.record.removesuffix(".pkl"))
 
 
 def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
@@ -210,5 +247,4 @@ def _is_swapped(archive: Archive) -> bool:
             record=archive.name(found),
             path=archive.source.path,
         )
-    host = b"little" if array("H", [1]).tobytes()[0] else b"big"
-    return order != host
+    return order != sys.byteorder.encode()

@@ -2,31 +2,42 @@
 
 A source is what the backends read through. Its `handle` is a file descriptor where the platform reads at an offset
 (POSIX), and the source itself, with `preadv`, everywhere else. No source keeps a position, so that threads and forked
-children share one.
+children share one. What can only be read from front to back is first copied to a temporary file.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import mmap
 import os
 import stat
 import threading
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Union
 
 from .backend import Backend, Handle
-from .errors import ChangedError
+from .errors import ArchiveError, ChangedError, ZipSlicerError
+from .policy import Limits
 
 __all__ = ["ByteSource", "LocalFile", "open_source"]
 
 Pathish = Union[str, "os.PathLike[str]"]
+
+GZIP = b"\x1f\x8b"
+CHUNK = 1 << 16  # bytes that are copied at a time; as gzip they become 66 MB at most
+# They can seek, by decompressing from the start again.
+FRONT_TO_BACK = {"gzip.GzipFile", "bz2.BZ2File", "lzma.LZMAFile", "zipfile.ZipExtFile"}
+CLOSED = "what the checkpoint was opened from is closed"
 
 
 class ByteSource(Protocol):
     """Bytes that can be read at any offset."""
 
     size: int
+    start: int  # where an archive begins for whom no window is given: the position of a file object
     stamp: bytes  # size, mtime in ns and inode as native int64, which the backend compares after each read; or b""
     path: str | None  # to say where, and to open again after pickling
 
@@ -42,28 +53,22 @@ class Closed:
         raise ValueError("the checkpoint is closed")
 
 
-class LocalFile:
-    """A regular file, opened once; never by its path again, so that it stays the one that was checked.
+class OpenFile:
+    """A regular file by its descriptor, which is closed with it; nobody's position is moved where reads are positioned.
 
-    Raises:
-        FileNotFoundError, PermissionError, IsADirectoryError: as the system says.
-        OSError: for what is no regular file: a FIFO would hang, a device would never end.
+    Raises: OSError: for what is no regular file: a FIFO would hang, a device would never end.
     """
 
-    def __init__(self, path: Pathish) -> None:
-        self.path: str | None = os.fspath(path)
-        if not isinstance(self.path, str):
-            raise TypeError("a path must be a str or an os.PathLike of str")
-        self._fd = os.open(
-            self.path,
-            os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0),
-        )
+    def __init__(self, fd: int, path: str | None = None, start: int = 0) -> None:
+        self._fd = fd
+        self.path: str | None = path
+        self.start = start
         try:
-            facts = os.fstat(self._fd)
+            facts = os.fstat(fd)
             if stat.S_ISDIR(facts.st_mode):
-                raise IsADirectoryError(21, "is a directory; open a file in it", self.path)
+                raise IsADirectoryError(21, "is a directory; open a file in it", path)
             if not stat.S_ISREG(facts.st_mode):
-                raise OSError(22, "is no regular file", self.path)
+                raise OSError(22, "is no regular file", path)
         except BaseException:
             self.close()
             raise
@@ -96,32 +101,61 @@ class LocalFile:
             self.close()
 
 
+class LocalFile(OpenFile):
+    """A regular file, opened once; never by its path again, so that it stays the one that was checked.
+
+    Raises:
+        FileNotFoundError, PermissionError, IsADirectoryError: as the system says.
+    """
+
+    def __init__(self, path: Pathish) -> None:
+        name = os.fspath(path)
+        if not isinstance(name, str):
+            raise TypeError("a path must be a str or an os.PathLike of str")
+        flags = os.O_RDONLY
+        for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+            flags |= getattr(os, flag, 0)
+        super().__init__(os.open(name, flags), name)
+
+
 class Memory:
-    """Bytes that are already in memory."""
+    """Bytes that are already in memory: held, and looked into only while they are read.
+
+    So the caller may close a mapping, or let a bytearray grow, and later reads say what is wrong.
+    """
 
     stamp = b""
     path: str | None = None
+    start = 0
 
     def __init__(self, content: Any) -> None:
-        self._view = memoryview(content).cast("B")
-        self.size = len(self._view)
+        self._content = content
+        with memoryview(content) as view:
+            if not view.c_contiguous:
+                raise TypeError("a memoryview must be contiguous; take bytes(view)")
+            self.size = view.nbytes
         self.handle: Handle = self
 
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
         done = 0
-        for buffer in buffers:
-            part = self._view[offset + done : offset + done + len(buffer)]
-            buffer[: len(part)] = part
-            done += len(part)
+        try:
+            whole = memoryview(self._content)
+        except ValueError:  # a mapping that was closed, a memoryview that was released
+            raise ValueError(CLOSED) from None
+        with whole, whole.cast("B") as view:
+            for buffer in buffers:
+                part = view[offset + done : offset + done + len(buffer)]
+                buffer[: len(part)] = part
+                done += len(part)
         return done
 
     def close(self) -> None:
         self.handle = Closed()
-        self._view = memoryview(b"")
+        self._content = b""
 
 
 class FileObject:
-    """A seekable binary file object, read under a lock. It stays open, and the caller's."""
+    """A seekable binary file object, read under a lock; its position is put back. It stays open, and the caller's."""
 
     stamp = b""
     path: str | None = None
@@ -129,19 +163,28 @@ class FileObject:
     def __init__(self, file: Any) -> None:
         self._file = file
         self._lock = threading.Lock()
-        self.size = file.seek(0, io.SEEK_END)
+        self.start = _seek(file, 0, io.SEEK_CUR)
+        self.size = _seek(file, 0, io.SEEK_END)
+        file.seek(self.start)
         self.handle: Handle = self
 
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
+        file = self._file
         with self._lock:
-            self._file.seek(offset)
-            done = 0
-            for buffer in buffers:
-                got = self._file.readinto(buffer) if hasattr(self._file, "readinto") else self._copy(buffer)
-                done += got or 0
-                if (got or 0) < len(buffer):
-                    break
-            return done
+            if getattr(file, "closed", False):
+                raise ValueError(CLOSED)
+            before = _seek(file, 0, io.SEEK_CUR)
+            try:
+                file.seek(offset)
+                done = 0
+                for buffer in buffers:
+                    got = file.readinto(buffer) if hasattr(file, "readinto") else self._copy(buffer)
+                    done += got or 0
+                    if (got or 0) < len(buffer):
+                        break
+                return done
+            finally:
+                file.seek(before)
 
     def _copy(self, buffer: Any) -> int:
         got = self._file.read(len(buffer))
@@ -152,15 +195,167 @@ class FileObject:
         self.handle = Closed()
 
 
-def open_source(source: Any) -> ByteSource:
-    """A path, bytes or a seekable binary file object -> a ByteSource."""
+def _seek(file: Any, offset: int, whence: int) -> int:
+    """Some file objects return no position from seek()."""
+    place = file.seek(offset, whence)
+    return int(file.tell() if place is None else place)
+
+
+def open_source(source: Any, limits: Limits | None = None) -> ByteSource:
+    """A path, bytes (also a bytearray, memoryview or mmap) or a binary file object -> a ByteSource.
+
+    A file object is read from its position on. One that cannot seek, and whatever begins as a gzip stream, is copied to
+    a temporary file, which is gone when the source is closed.
+
+    Raises:
+        OSError: from the system or the file object.
+        TypeError: it is none of these.
+        ArchiveError: it is a gzip stream, and damaged, or grows beyond `limits`.
+    """
     if isinstance(source, (str, os.PathLike)):
-        return LocalFile(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return Memory(source)
-    if hasattr(source, "seek") and hasattr(source, "read"):
-        return FileObject(source)
-    raise TypeError(f"a checkpoint is opened from a path, bytes or a seekable binary file, not {type(source).__name__}")
+        opened: ByteSource = LocalFile(source)
+    elif isinstance(source, (bytes, bytearray, memoryview, mmap.mmap)):
+        opened = Memory(source)
+    elif hasattr(source, "read"):
+        opened = _open_object(source, limits or Limits())
+    else:
+        raise TypeError(
+            f"a checkpoint is opened from a path, bytes or a binary file object, not {type(source).__name__}"
+        )
+    try:
+        made = opened
+        if opened.size - opened.start >= len(GZIP) and b"".join(_chunks(opened, len(GZIP))) == GZIP:
+            made = _spooled(_gunzipped(_chunks(opened), limits or Limits()), opened.path)
+    except BaseException as error:
+        opened.close()
+        if isinstance(error, ZipSlicerError):
+            error.located(path=opened.path)
+        raise
+    if made is not opened:
+        opened.close()
+    return made
+
+
+def _open_object(file: Any, limits: Limits) -> ByteSource:
+    if getattr(file, "closed", False):
+        raise ValueError("the file object is closed")
+    if isinstance(file, io.TextIOBase) or (not isinstance(file, io.IOBase) and isinstance(file.read(0), str)):
+        raise TypeError("the file object is in text mode; open it in binary: open(path, 'rb')")
+    if isinstance(file, io.IOBase) and not file.readable():
+        raise io.UnsupportedOperation("the file object is not open for reading")
+    fd = _descriptor(file)
+    if fd is not None:
+        start = file.tell()
+        return OpenFile(os.dup(fd), None, start)
+    can_seek = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
+    if can_seek and FRONT_TO_BACK.isdisjoint(f"{cls.__module__}.{cls.__qualname__}" for cls in type(file).__mro__):
+        return FileObject(file)
+    start = file.tell() if can_seek else None
+    try:
+        return _spooled(_maybe_gunzipped(_read_through(file), limits))
+    finally:
+        if start is not None:
+            file.seek(start)
+
+
+def _descriptor(file: Any) -> int | None:
+    """The descriptor of a regular file whose bytes are what the object reads, or None.
+
+    Only where the class is known: the fileno() of a GzipFile is that of the compressed file, and that of a
+    SpooledTemporaryFile makes it write one.
+    """
+    if not hasattr(os, "preadv"):
+        return None  # there a read would move the caller's position
+    if type(file).__module__ == "tempfile" and type(file).__name__ == "_TemporaryFileWrapper":
+        file = file.file
+    if type(file) is io.BufferedRandom:
+        file.flush()
+    if type(file) in (io.BufferedReader, io.BufferedRandom):
+        file = file.raw
+    if type(file) is not io.FileIO:
+        return None
+    fd = file.fileno()
+    return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+
+
+def _chunks(source: ByteSource, nbytes: int | None = None) -> Iterator[bytes]:
+    """A source from its start on, or `nbytes` of it."""
+    offset, handle = source.start, source.handle
+    end = source.size if nbytes is None else offset + nbytes
+    while offset < end:
+        buffer = memoryview(bytearray(min(CHUNK, end - offset)))
+        got = os.preadv(handle, [buffer], offset) if isinstance(handle, int) else handle.preadv([buffer], offset)
+        if not got:
+            raise ChangedError("the file ends here: it is shorter than when it was opened", offset=offset)
+        yield bytes(buffer[:got])
+        offset += got
+
+
+def _read_through(file: Any) -> Iterator[bytes]:
+    """What a file object has left."""
+    while True:
+        try:
+            chunk = file.read(CHUNK)
+        except (EOFError, zlib.error) as error:
+            raise ArchiveError(f"the compressed stream is damaged: {error}") from None
+        except OSError as error:
+            if type(error).__name__ == "BadGzipFile":
+                raise ArchiveError(f"the gzip stream is damaged: {error}") from None
+            raise
+        if chunk is None:
+            raise BlockingIOError("the file object has nothing to read yet; open it in blocking mode")
+        if not chunk:
+            return
+        yield chunk
+
+
+def _maybe_gunzipped(chunks: Iterator[bytes], limits: Limits) -> Iterator[bytes]:
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= len(GZIP):
+            break
+    whole = itertools.chain([head], chunks)
+    return _gunzipped(whole, limits) if head.startswith(GZIP) else whole
+
+
+def _gunzipped(chunks: Iterable[bytes], limits: Limits) -> Iterator[bytes]:
+    """The content of a gzip stream. Several members, one after the other, are one content (RFC 1952, 2.2)."""
+    machine = None
+    offset = made = 0
+    for chunk in chunks:
+        offset += len(chunk)
+        rest = chunk
+        while rest:
+            if machine is None:
+                rest = rest.lstrip(b"\0")  # as gzip does: tapes and disks padded it
+                machine = zlib.decompressobj(31) if rest else None
+                continue
+            try:
+                part = machine.decompress(rest)
+            except zlib.error as error:
+                raise ArchiveError(f"the gzip stream is damaged: {error}", offset=offset - len(rest)) from None
+            made += len(part)
+            if made > max(limits.inflated_nbytes, limits.inflated_ratio * offset):
+                raise ArchiveError(
+                    f"the gzip stream inflates from {offset} to {made} bytes and more; Limits(inflated_ratio=...) allows it"
+                )
+            yield part
+            rest = machine.unused_data
+            machine = None if machine.eof else machine
+    if machine is not None:
+        raise ArchiveError("the gzip stream is cut short", offset=offset)
+
+
+def _spooled(chunks: Iterable[bytes], path: str | None = None) -> ByteSource:
+    """What comes front to back, in a temporary file without a name."""
+    import tempfile  # takes longer to import than the rest of zipslicer, and is seldom needed
+
+    with tempfile.TemporaryFile(prefix="zipslicer-") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        return OpenFile(os.dup(file.fileno()), path)
 
 
 def read_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> bytes:

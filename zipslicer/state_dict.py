@@ -55,6 +55,64 @@ class View:
         self.held: dict[int, Any] = {}  # containers and placeholders by node
         self._reader: TensorReader | None = None
 
+    # ---------------------------------------------------------------- the file; shards.ShardedView has several
+    @property
+    def path(self) -> str | None:
+        return self.table.archive.source.path
+
+    @property
+    def identity(self) -> object:
+        """What views of the same open file have in common."""
+        return self.table
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """As safetensors has it."""
+        return self.table.archive.metadata
+
+    @property
+    def root(self) -> Any:
+        return self.touch(0)
+
+    def at(self, position: int) -> tuple[View, int]:
+        """The view of the one file that a value is in, and its position there."""
+        return self, position
+
+    def adopt(self, view: View, position: int) -> int:
+        """The position here of a value of another view; OVERLAID if that view is no part of this one."""
+        return position if view is self else OVERLAID
+
+    def place(self, position: int) -> Any:
+        """What to sort by to read in the order of the bytes on disk."""
+        return self.table.file_offset(position)
+
+    def is_tensor(self, position: int) -> bool:
+        return self.table.is_tensor(position)
+
+    def is_in(self, position: int, record: str) -> bool:
+        """Whether a value is a tensor of a record."""
+        info = self.meta(position) if self.table.is_tensor(position) else None
+        return info is not None and record.endswith(f"/{self.table.folder}/{info.storage_key}")
+
+    def name_room(self) -> int:
+        return name_room(self.program)
+
+    def tensors(self) -> LazyStateDict:
+        """Every tensor, by dotted path."""
+        return LazyStateDict._of(self, None, self.table.tensors(0), {}, None)
+
+    def strangers(self) -> dict[str, Any]:
+        """What policy does not know, by dotted path."""
+        return {name: self.touch(position) for name, position in self.table.strangers().items()}
+
+    def records(self) -> list[str]:
+        return self.table.archive.names()
+
+    def counts(self) -> tuple[int, int]:
+        """Of tensors and storages."""
+        return self.program.tensor_count, self.program.storage_count
+
+    # ---------------------------------------------------------------- values
     @property
     def reader(self) -> TensorReader:
         """Made on first touch, because it imports torch."""
@@ -418,7 +476,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             return True
         if not isinstance(other, LazyStateDict):
             return NotImplemented
-        if list(self._slots) != list(other._slots) or self._view.table is not other._view.table:
+        if list(self._slots) != list(other._slots) or self._view.identity is not other._view.identity:
             return False
         if self._slots != other._slots:
             return False
@@ -495,20 +553,20 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return _code(self._require_meta(key).dtype_name)
 
     def metadata(self) -> dict[str, str]:
-        """As safetensors has it: the framework that wrote the file."""
-        return {"format": "pt"}
+        """As safetensors has it: {"format": "pt"}, or what a safetensors file or an index of shards says of itself."""
+        return dict(self._view.metadata)
 
     def offset_keys(self) -> list[Any]:
         """The keys of tensors in the order of their bytes in the file, which is the fastest to read in."""
-        table = self._view.table
+        view = self._view
         own = [key for key, position in self._slots.items() if position < 0]
-        filed = [(key, p) for key, p in self._slots.items() if p >= 0 and table.is_tensor(p)]
-        return [key for key, p in sorted(filed, key=lambda item: table.file_offset(item[1]))] + own
+        filed = [(key, p) for key, p in self._slots.items() if p >= 0 and view.is_tensor(p)]
+        return [key for key, p in sorted(filed, key=lambda item: view.place(item[1]))] + own
 
     @property
     def path(self) -> str | None:
         """The file, or None where it was opened from bytes or a file object."""
-        return self._view.table.archive.source.path
+        return self._view.path
 
     # ---------------------------------------------------------------- reading
     def get_tensor(self, key: Any) -> Any:
@@ -530,11 +588,12 @@ class LazyStateDict(MutableMapping[Any, Any]):
         self._require_meta(key)
         position = self._slots[key]
         if position < 0:
-            return LazySlice(self, key, None)
-        leaf = self._view.table.leaf(position)
+            return LazySlice(self, key, self._view, None)
+        view, position = self._view.at(position)
+        leaf = view.table.leaf(position)
         if leaf is None:
             raise TypeError(f"{key!r} is a bare storage; read it whole")
-        return LazySlice(self, key, leaf)
+        return LazySlice(self, key, view, leaf)
 
     def materialize(self) -> dict[Any, Any]:
         """The plain dict that torch.load would return, all tensors read in parallel; sharing memory as in the file.
@@ -568,11 +627,13 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def _empty(self) -> dict[Any, Any]:
         """A plain mapping of the class that the file has."""
-        program, position = self._view.program, self._position
-        node = -1 if position is None else program.payloads[position]
-        if self._metadata is not None or (node >= 0 and program.kind(node) == Kind.ORDERED_DICT):
+        if self._position is None:
+            return collections.OrderedDict() if self._metadata is not None else {}
+        program = self._view.program
+        node = program.payloads[self._position]
+        if self._metadata is not None or program.kind(node) == Kind.ORDERED_DICT:
             return collections.OrderedDict()
-        if node >= 0 and program.kind(node) == Kind.CALL:
+        if program.kind(node) == Kind.CALL:
             args = program.build(program.span(node)[0] + ARGS, lambda *_: None, self._view.special)
             made = construct(Meaning.DEFAULTDICT, args)
             return made if isinstance(made, dict) else {}
@@ -590,14 +651,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def _key_of_record(self, error: ZipSlicerError) -> Any:
         """Which key an error about a record is about."""
-        table = self._view.table
-        if error.record is None or not isinstance(error, CheckpointError):
+        if error.record is None or error.key is not None or not isinstance(error, CheckpointError):
             return None
-        for key, position in self._slots.items():
-            info = None if position < 0 or not table.is_tensor(position) else self.get_meta(key)
-            if info is not None and error.record.endswith(f"/{table.folder}/{info.storage_key}"):
-                return key
-        return None
+        is_in = self._view.is_in
+        return next((key for key, p in self._slots.items() if p >= 0 and is_in(p, error.record)), None)
 
     # ---------------------------------------------------------------- other names for the same tensors
     def select(self, *patterns: Patterns) -> LazyStateDict:
@@ -627,8 +684,8 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """
         slots: dict[Any, int] = {}
         overlay: dict[Any, Any] = {}
-        view, table = self._view, self._view.table
-        room = name_room(self._view.program)
+        view = self._view
+        room = view.name_room()
         seen: set[int] = set()
         todo: list[tuple[str, Any]] = [("", self)]
         while todo:
@@ -637,14 +694,22 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 continue
             seen.add(id(value))
             deeper = []
+            home = value._view if isinstance(value, (LazyStateDict, LazySequence)) else view
             for key, position, child in _entries(value):
                 name = f"{prefix}{key}"
                 if position >= 0:
                     room -= len(name)
                     if room < 0:
                         raise TableError(TOO_LONG, path=self.path)
-                    is_tensor = table.is_tensor(position)
-                    child = view.touch(position) if not is_tensor and _is_node(view.program, position) else None
+                    file, place = home.at(position)
+                    is_tensor = file.table.is_tensor(place)
+                    if is_tensor:
+                        position = view.adopt(home, position)
+                        child = (
+                            file.touch(place) if position < 0 else None
+                        )  # of a mapping that was put in from elsewhere
+                    else:
+                        child = file.touch(place) if _is_node(file.program, place) else None
                 else:
                     is_tensor = hasattr(child, "untyped_storage")
                     position = OVERLAID
@@ -829,11 +894,12 @@ class LazySlice:
     The result owns its memory. Reads the bytes that are asked for, and little else.
     """
 
-    __slots__ = ("_key", "_leaf", "_owner")
+    __slots__ = ("_key", "_leaf", "_owner", "_view")
 
-    def __init__(self, owner: LazyStateDict, key: Any, leaf: Leaf | None) -> None:
+    def __init__(self, owner: LazyStateDict, key: Any, view: View, leaf: Leaf | None) -> None:
         self._owner = owner
         self._key = key
+        self._view = view
         self._leaf = leaf
 
     def __getitem__(self, index: Any) -> Any:
@@ -841,9 +907,9 @@ class LazySlice:
         if self._leaf is None:
             return self._owner[self._key][index]
         try:
-            return self._owner._view.reader.slice(self._leaf, index)
+            return self._view.reader.slice(self._leaf, index)
         except ZipSlicerError as error:
-            raise error.located(path=self._owner.path, key=self._key) from None
+            raise error.located(path=self._view.path, key=self._key) from None
 
     @property
     def info(self) -> TensorInfo:

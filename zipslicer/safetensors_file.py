@@ -1,0 +1,164 @@
+"""Safetensors: a file of that format in, an archive and a program like a checkpoint's out, so that code takes either.
+
+The safetensors package reads and checks the header. The tensors' bytes are read here, like any others: into memory of
+their own, in parallel, by slices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Sequence
+
+from .archive import Archive
+from .backend import ENTRY_FIELDS, Backend, Graph, Kind
+from .errors import ArchiveError, ChangedError, UnsupportedError
+from .policy import DTYPES, Limits
+from .program import Program
+from .source import ByteSource, read_at
+from .table import TensorTable
+
+__all__ = ["SafetensorsArchive", "is_safetensors", "safetensors_table"]
+
+LENGTH = struct.Struct("<Q")
+PACKED = {"F4": 2}  # elements in what torch counts as one
+
+
+def is_safetensors(source: ByteSource, backend: Backend) -> bool:
+    """Whether a source begins as such a file does: the length of a header within it, and a JSON object."""
+    room = source.size - source.start - LENGTH.size
+    if room < 2:
+        return False
+    head = read_at(backend, source, source.start, LENGTH.size + 1)
+    return head[-1:] == b"{" and 2 <= LENGTH.unpack_from(head)[0] <= room
+
+
+class SafetensorsArchive(Archive):
+    """The tensors of one file as the records of an archive: each stored, proved, and called by its tensor's name.
+
+    Attributes:
+        tensors: (name, index into DTYPES, shape) of each record.
+
+    Raises:
+        ImportError: the safetensors package is not installed.
+        ArchiveError: the package refuses the file.
+        UnsupportedError: it was not opened by a path, which is what the package takes; or a dtype torch does not have.
+    """
+
+    def __init__(self, source: ByteSource, backend: Backend, limits: Limits) -> None:
+        self.source, self.backend, self.limits, self.window = source, backend, limits, None
+        self.base, self.nbytes, self.root = 0, source.size, b""
+        if not _is_at_its_path(source):
+            raise UnsupportedError("a safetensors file is opened by its path, as the safetensors package has it")
+        header_nbytes = LENGTH.size + LENGTH.unpack(read_at(backend, source, 0, LENGTH.size))[0]
+        if header_nbytes > limits.directory_nbytes:
+            raise ArchiveError(
+                f"the header has {header_nbytes} bytes; Limits(directory_nbytes=...) raises the limit", path=source.path
+            )
+        self.metadata, facts = _read_header(source)
+        self.count = len(facts)
+        self.tensors: list[tuple[str, int, tuple[int, ...]]] = []
+        self.entries = bytearray()
+        names, name_start, offset = [], 0, header_nbytes
+        for name, code, shape in facts:
+            dtype = next((i for i, d in enumerate(DTYPES) if d.code == code), None)
+            if dtype is None or (code in PACKED and (not shape or shape[-1] % PACKED[code])):
+                raise UnsupportedError(
+                    f"torch has no tensors of dtype {code} and shape {shape}", key=name, path=source.path
+                )
+            if code in PACKED:
+                shape[-1] //= PACKED[code]
+            if len(shape) > limits.dimensions or math.prod(max(n, 1) for n in shape) >= 1 << 58:
+                raise ArchiveError(f"no tensor has the shape {shape[: limits.dimensions]}", key=name, path=source.path)
+            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+            encoded = name.encode("utf-8", "surrogatepass")
+            end = offset + nbytes
+            row = (offset, offset, nbytes, nbytes, end, 0, 0, 0, name_start, len(encoded))
+            assert len(row) == ENTRY_FIELDS
+            self.entries += array("q", row).tobytes()
+            self.tensors.append((name, dtype, tuple(shape)))
+            names.append(encoded)
+            name_start, offset = name_start + len(encoded), end
+        if offset != source.size:
+            raise ChangedError("the header names other bytes than the file has", offset=offset, path=source.path)
+        # What pickling compares: the header is in it.
+        self.block = b"".join(names) + read_at(backend, source, 0, header_nbytes)
+        self._columns = memoryview(self.entries).cast("q")
+
+    def find_in(self, folder: str, names: bytes, ends: Sequence[int]) -> list[int]:
+        """Each tensor has its own storage, and that its record, in this order."""
+        del folder, names
+        return list(range(len(ends)))
+
+
+def _read_header(source: ByteSource) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:
+    """Metadata, and (name, dtype, shape) of each tensor in the order of their bytes, which follow without a gap."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            f"{source.path} is a safetensors file, and the safetensors package is not there: pip install safetensors"
+        ) from error
+    assert source.path is not None
+    # The package imports the framework it is told; of the two, NumPy is the light one.
+    framework = "np" if importlib.util.find_spec("numpy") else "pt"
+    try:
+        with safe_open(source.path, framework=framework) as file:
+            metadata = file.metadata() or {}
+            parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            facts = [(name, part.get_dtype(), list(part.get_shape())) for name, part in parts]
+    except SafetensorError as error:
+        raise ArchiveError(f"no safetensors file: {error}", path=source.path) from None
+    # The package opens the path a second time: it must have seen the file that is read here.
+    if not _is_at_its_path(source):
+        raise ChangedError("the file was changed after it was opened", path=source.path)
+    return metadata, facts
+
+
+def _is_at_its_path(source: ByteSource) -> bool:
+    """Whether who opens the path gets the bytes of the source: no file object, no bytes, nothing unpacked."""
+    if source.path is None:
+        return False
+    now = os.stat(source.path)
+    return source.stamp == array("q", (now.st_size, now.st_mtime_ns, now.st_ino)).tobytes()
+
+
+def safetensors_table(source: ByteSource, backend: Backend, limits: Limits) -> TensorTable:
+    """The tensors of a safetensors file, which has them in little-endian order."""
+    archive = SafetensorsArchive(source, backend, limits)
+    return TensorTable(_program(archive), archive, sys.byteorder == "big")
+
+
+def _program(archive: SafetensorsArchive) -> Program:
+    """What a pickle of the same tensors in a dict would give."""
+    tensors, dims, storages, ends = array("q"), array("q"), array("q"), 0
+    for number, (name, index, shape) in enumerate(archive.tensors):
+        dtype = DTYPES[index]
+        strides = [math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape))]
+        ends += len(name.encode("utf-8", "surrogatepass"))
+        extent = math.prod(shape)
+        tensors.extend((number, index, dtype.itemsize, 0, len(dims), len(shape), 0, 0, extent))
+        storages.extend((index, extent * dtype.itemsize, 0, ends))
+        dims.extend((*shape, *strides))
+    count = archive.count
+    names = [name for name, _, _ in archive.tensors]
+    graph = Graph(
+        kinds=bytes([Kind.DICT]) + bytes([Kind.STR, Kind.TENSOR]) * count,
+        payloads=array("q", [0, *itertools.chain(*zip(range(count), range(count)))]).tobytes(),
+        nodes=array("q", [Kind.DICT, 1, 2 * count, 0, 0]).tobytes(),
+        strings=names,
+        blobs=[],
+        longs=[],
+        globals=[],
+        storages=storages.tobytes(),
+        storage_keys="".join(names).encode("utf-8", "surrogatepass"),
+        locations=["cpu"] * count,
+        tensors=tensors.tobytes(),
+        dims=dims.tobytes(),
+    )
+    return Program(graph, {})

@@ -1,0 +1,403 @@
+"""Shards: an index of files, or a folder that has one, in; one view over all of the files out.
+
+The index says which file has which key. A file is opened once, when it is checked or when one of its keys is first
+touched, and stays open. Nothing is trusted that the index says: names stay below its folder, and keys are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .backend import FIRST_NODE_KIND, Backend
+from .errors import ArchiveError, UnsupportedError, ZipSlicerError
+from .policy import Limits
+from .source import LocalFile, read_at
+from .state_dict import OVERLAID, LazyStateDict, View
+
+__all__ = ["Index", "ShardedView", "locate", "read_index"]
+
+INDEX_NBYTES = 256 << 20  # the largest on the hubs have some 10 MB; as Python objects they take ten times that
+INDEX_NAMES = ("*.index.json", "*.index.*.json")  # pytorch_model.bin.index.json, pytorch_model.bin.index.fp16.json
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
+BESIDE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)"
+)  # what trainers put there
+PARTS = re.compile(r"consolidated\.\d+\.pth")
+SHOWN = 5  # names in a message
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """What an index file says, checked as far as it can be without opening another file.
+
+    Attributes:
+        path: of the index itself.
+        keys: to the file of each, relative to the folder of the index, in the order of the index.
+        metadata: what else it says of itself, as text.
+    """
+
+    path: str
+    keys: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        """All files, in the order of their names, which is that of the model."""
+        return sorted(set(self.keys.values()))
+
+    def path_of(self, file: str) -> str:
+        return os.path.join(os.path.dirname(self.path), file)
+
+
+def locate(source: Any) -> tuple[Any, bool]:
+    """A source as the caller has it -> (what to open, whether that is an index).
+
+    A path that ends in .json is an index. A folder is the one index in it, or else the one checkpoint.
+
+    Raises:
+        IsADirectoryError: there is none in it.
+        ValueError: there are several.
+        UnsupportedError: there are the parts of a tensor-parallel checkpoint.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source, False
+    path = os.fspath(source)
+    if not isinstance(path, str) or not os.path.isdir(path):
+        return source, isinstance(path, str) and path.lower().endswith(".json")
+    with os.scandir(path) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_dir())
+    indexes = [name for name in names if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in INDEX_NAMES)]
+    if len(indexes) == 1:
+        return os.path.join(path, indexes[0]), True
+    parts = [name for name in names if PARTS.fullmatch(name)]
+    if len(parts) > 1 and not indexes:
+        raise UnsupportedError(
+            f"{parts[0]} and the {len(parts) - 1} like it are tensor-parallel parts of one model: each has a slice of every "
+            "tensor, and how they join is known to the model's code only. Open one part by its path, or convert the "
+            "model with its own script (for Llama: convert_llama_weights_to_hf.py of transformers)",
+            path=path,
+        )
+    files = [name for name in names if name.lower().endswith(SUFFIXES) and not BESIDE.fullmatch(name)]
+    candidates = indexes + files
+    if not candidates:
+        raise IsADirectoryError(21, "is a folder, and has neither a checkpoint nor an index of shards in it", path)
+    if len(candidates) > 1:
+        raise ValueError(
+            f"the folder {path!r} has {len(candidates)} candidates ({_some(candidates, 10)}); open one of them by its path"
+        )
+    return os.path.join(path, candidates[0]), False
+
+
+def read_index(path: str, backend: Backend, limits: Limits) -> Index:
+    """An index file: {"metadata": {...}, "weight_map": {key: file}}, or the bare map.
+
+    Raises: OSError; ArchiveError where it is no such thing, or names a file outside its folder.
+    """
+    try:
+        return _parse(path, _read(path, backend, limits))
+    except ZipSlicerError as error:
+        raise error.located(path=path) from None
+
+
+def _read(path: str, backend: Backend, limits: Limits) -> bytes:
+    source = LocalFile(path)
+    try:
+        limit = min(INDEX_NBYTES, limits.directory_nbytes)
+        if source.size > limit:
+            raise ArchiveError(f"an index of {source.size} bytes; the limit is {limit}")
+        return read_at(backend, source, 0, source.size)
+    finally:
+        source.close()
+
+
+def _parse(path: str, content: bytes) -> Index:
+    if content.startswith(b"version https://git-lfs"):
+        raise ArchiveError("this is a Git LFS pointer, not the file it points to; run `git lfs pull`")
+    import json  # here and below: who opens one file need not wait for it
+
+    try:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError(f"this is no JSON text: {error}") from None
+    keys = parsed.get("weight_map", parsed) if isinstance(parsed, dict) else None
+    if not isinstance(keys, dict) or not keys:
+        raise ArchiveError('this is no index of shards: it has no "weight_map" from keys to files')
+    for key, file in keys.items():
+        if not isinstance(file, str):
+            what = "a file name" if "weight_map" in parsed else 'a file name, and there is no "weight_map"'
+            raise ArchiveError(f"no index of shards: the value is not {what}", key=key)
+    for file in dict.fromkeys(keys.values()):
+        wrong = _is_outside(file)
+        if wrong:
+            raise ArchiveError(f"the index names the file {file[:200]!r}, which {wrong}")
+    facts = parsed.get("metadata") if "weight_map" in parsed else None
+    said = facts.items() if isinstance(facts, dict) else ()
+    return Index(path, keys, {"format": "pt", **{k: str(v) for k, v in said if isinstance(v, (str, int, float))}})
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ArchiveError(f"the JSON text has {twice[:200]!r} twice in one object, which readers take differently")
+    return made
+
+
+def _is_outside(file: str) -> str | None:
+    """Why a name is none of a file at or below the folder of the index, on this system or another; None if it is one."""
+    if not file or "\0" in file:
+        return "is no name"
+    if "\\" in file or ":" in file:
+        return "has a drive, a stream or backslashes in it"
+    if file.startswith("/"):
+        return "is an absolute path"
+    if any(part in ("", ".", "..") for part in file.split("/")):
+        return "has '..', '.' or nothing between its slashes"
+    return None
+
+
+def _some(names: Iterable[Any], count: int = SHOWN) -> str:
+    """Names for a message, cut."""
+    listed = [str(name)[:200] for name in names]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One open file: its view, and the positions of its keys."""
+
+    view: View
+    slots: Mapping[Any, int]
+
+
+class ShardedView(View):
+    """The files of one index, as the containers see them. A position is that of a place: a file, and a value in it.
+
+    Safe for concurrent use: of two threads that open one file at once, the second closes what it has opened.
+    """
+
+    def __init__(self, index: Index, open_file: Callable[[str], View]) -> None:
+        self.index = index
+        self._open_file = open_file
+        self._shards: dict[str, Shard] = {}
+        self._files = index.files
+        # (file, key, position in the file's own view, or None where only the key is known as yet)
+        self._places: list[tuple[str, Any, int | None]] = [(file, key, None) for key, file in index.keys.items()]
+        self.kinds = bytes(len(self._places))  # NONE: never a tensor to be read past `touch`
+        self._root: LazyStateDict | None = None
+        self._is_closed = False
+
+    # ---------------------------------------------------------------- the files
+    def shard(self, file: str) -> Shard:
+        """A file of the index, opened when it is first asked for.
+
+        Raises: ArchiveError where it is missing, or has no mapping at its root.
+        """
+        made = self._shards.get(file)
+        if made is not None:
+            return made
+        if self._is_closed:
+            raise ValueError("the checkpoint is closed")
+        path = self.index.path_of(file)
+        try:
+            view = self._open_file(path)
+        except FileNotFoundError:
+            raise ArchiveError(f"a file is missing that the index {self.index.path!r} names", path=path) from None
+        try:
+            if not _has_mapping(view):
+                raise ArchiveError("a shard of a checkpoint must have a mapping at its root", path=path)
+            made = Shard(view, LazyStateDict._of(view, 0)._slots)
+        except BaseException:
+            view.close()
+            raise
+        kept = self._shards.setdefault(file, made)
+        if kept is not made:
+            view.close()
+        return kept
+
+    def check(self, threads: int) -> None:
+        """Open all files and compare their keys with those of the index. Raises: ArchiveError."""
+        missing = [file for file in self._files if not os.path.exists(self.index.path_of(file))]
+        if missing:
+            raise ArchiveError(
+                f"{len(missing)} of the {len(self._files)} files that the index names are missing: {_some(missing)}",
+                path=self.index.path,
+            )
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(threads, len(self._files))) as pool:
+            list(pool.map(self.shard, self._files))
+        wanted: dict[str, set[Any]] = {file: set() for file in self._files}
+        for key, file in self.index.keys.items():
+            wanted[file].add(key)
+        for file in self._files:
+            has = self._shards[file].slots
+            lacks = [key for key in wanted[file] if key not in has]
+            if lacks:
+                raise ArchiveError(
+                    f"the index puts {len(lacks)} keys into this file that it has not: {_some(sorted(lacks))}",
+                    path=self.index.path_of(file),
+                    key=min(lacks),
+                )
+            more = [key for key in has if key not in wanted[file]]
+            if more:
+                raise ArchiveError(
+                    f"this file has {len(more)} keys that the index does not give to it: {_some(more)}; "
+                    "check=False leaves them out",
+                    path=self.index.path_of(file),
+                    key=more[0],
+                )
+
+    def at(self, position: int) -> tuple[View, int]:
+        file, key, place = self._places[position]
+        shard = self.shard(file)
+        if place is None:
+            place = shard.slots.get(key)
+            if place is None:
+                raise ArchiveError(
+                    "the index puts this key into a file that lacks it", path=self.index.path_of(file), key=key
+                )
+        return shard.view, place
+
+    def adopt(self, view: View, position: int) -> int:
+        if view is self:
+            return position
+        file = next((file for file, shard in list(self._shards.items()) if shard.view is view), None)
+        if file is None:
+            return OVERLAID
+        place = (file, f"value {position}", position)
+        self._places.append(place)
+        while len(self.kinds) < len(self._places):
+            self.kinds += bytes(len(self.kinds))
+        return self._places.index(place, len(self.index.keys))
+
+    # ---------------------------------------------------------------- what the containers ask
+    @property
+    def path(self) -> str | None:
+        return self.index.path
+
+    @property
+    def identity(self) -> object:
+        return self.index
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.index.metadata
+
+    @property
+    def root(self) -> LazyStateDict:
+        if self._root is None:
+            slots: dict[Any, int] = dict(zip(self.index.keys, range(len(self.index.keys))))
+            self._root = LazyStateDict._of(self, None, slots, {}, None)
+        return self._root
+
+    def touch(self, position: int, key: Any = None) -> Any:
+        view, place = self.at(position)
+        return view.touch(place, key)
+
+    def meta(self, position: int) -> Any:
+        view, place = self.at(position)
+        return view.meta(place)
+
+    def shown(self, position: int) -> Any:
+        try:
+            return super().shown(position)
+        except (OSError, ValueError) as error:  # of a file that is opened to show it
+            return error
+
+    def shown_meta(self, position: int) -> Any:
+        try:
+            return super().shown_meta(position)
+        except (OSError, ValueError):
+            return None
+
+    def is_tensor(self, position: int) -> bool:
+        view, place = self.at(position)
+        return view.is_tensor(place)
+
+    def is_in(self, position: int, record: str) -> bool:
+        del position, record
+        return False  # `materialized` has said already which key it is
+
+    def place(self, position: int) -> Any:
+        view, place = self.at(position)
+        return self._files.index(self._places[position][0]), view.place(place)
+
+    def name_room(self) -> int:
+        return sum(shard.view.name_room() for shard in self._all())
+
+    def materialized(self, positions: list[int], container: LazyStateDict | None = None) -> Callable[[int], Any]:
+        """File after file: each is one read in parallel, in its own order, and shares memory as it does alone."""
+        del container
+        wanted: dict[str, dict[int, int]] = {}
+        for position in positions:
+            wanted.setdefault(self._places[position][0], {})[position] = self.at(position)[1]
+        made: dict[int, Any] = {}
+        for file in sorted(wanted):
+            view, places = self._shards[file].view, wanted[file]
+            try:
+                build = view.materialized(list(places.values()))
+                made.update((position, build(place)) for position, place in places.items())
+            except ZipSlicerError as error:
+                record = error.record
+                of = [p for p, place in places.items() if record is not None and view.is_in(place, record)]
+                raise error.located(path=view.path, key=self._places[of[0]][1] if of else None) from None
+        return made.__getitem__
+
+    # ---------------------------------------------------------------- what a Checkpoint asks
+    def _all(self) -> list[Shard]:
+        return [self.shard(file) for file in self._files]
+
+    def tensors(self) -> LazyStateDict:
+        slots: dict[Any, int] = {}
+        for file, shard in zip(self._files, self._all()):
+            for name, position in shard.view.table.tensors(0).items():
+                slots[f"{file}/{name}" if name in slots else name] = self.adopt(shard.view, position)
+        return LazyStateDict._of(self, None, slots, {}, None)
+
+    def strangers(self) -> dict[str, Any]:
+        return {name: stranger for shard in self._all() for name, stranger in shard.view.strangers().items()}
+
+    def records(self) -> list[str]:
+        return [f"{file}/{name}" for file, shard in zip(self._files, self._all()) for name in shard.view.records()]
+
+    def counts(self) -> tuple[int, int]:
+        counts = [shard.view.counts() for shard in self._all()]
+        return sum(tensors for tensors, _ in counts), sum(storages for _, storages in counts)
+
+    # ---------------------------------------------------------------- lifetime
+    def close(self) -> None:
+        self._is_closed = True
+        for shard in list(self._shards.values()):
+            shard.view.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By path: the index as it was read, and the files that are open, which must be the same ones there."""
+        views = {file: shard.view for file, shard in self._shards.items()}
+        return ShardedView, (self.index, self._open_file), (views, self._places)
+
+    def __setstate__(self, state: tuple[dict[str, View], list[tuple[str, Any, int | None]]]) -> None:  # type: ignore[override]
+        views, self._places = state
+        self.kinds = bytes(len(self._places))
+        self._shards = {file: Shard(view, LazyStateDict._of(view, 0)._slots) for file, view in views.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedView:
+        """The same open files, with edits of its own."""
+        made = memo[id(self)] = ShardedView(self.index, self._open_file)
+        views = {file: copy.deepcopy(shard.view, memo) for file, shard in zip(self._files, self._all())}
+        made.__setstate__((views, list(self._places)))
+        return made
+
+
+def _has_mapping(view: View) -> bool:
+    root = view.program.payloads[0] if view.program.kinds[0] >= FIRST_NODE_KIND else None
+    return root is not None and view.program.is_mapping(root)
