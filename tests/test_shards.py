@@ -301,7 +301,8 @@ def test_it_pickles_by_path_and_knows_its_files(index: Path) -> None:
 
 def test_threads_share_it(index: Path) -> None:
     sd = zipslicer.load(index, check=False)
-    expected, wrong = whole(), []
+    expected = whole()
+    wrong: list[str] = []
 
     def work() -> None:
         for _ in range(20):
@@ -454,7 +455,9 @@ def test_a_file_without_a_mapping_is_no_shard(index: Path, root: Any) -> None:
 
 
 def test_keys_that_are_no_strings_are_in_no_index(index: Path) -> None:
-    torch.save({**parts()[1], 7: torch.ones(1)}, index.parent / SECOND)
+    second: dict[Any, Any] = dict(parts()[1])
+    second[7] = torch.ones(1)
+    torch.save(second, index.parent / SECOND)
     with pytest.raises(ArchiveError, match="does not give to it: 7"):
         zipslicer.load(index)
 
@@ -537,7 +540,7 @@ def test_a_cache_of_symlinks_opens_as_it_is_named(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     write(blobs, {"hash1": first, "hash2": second})
-    said = {key: FIRST for key in first} | {key: SECOND for key in second}
+    said = dict.fromkeys(first, FIRST) | dict.fromkeys(second, SECOND)
     (blobs / "hash3").write_text(json.dumps({"weight_map": said}))
     for name, blob in ((FIRST, "hash1"), (SECOND, "hash2"), (INDEX, "hash3")):
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
