@@ -229,7 +229,8 @@ class Limits:
     Attributes:
         program_nbytes: of a record that holds a pickle. 1 GiB is 8 million tensors.
         inflated_nbytes: of such a record when it is deflated; torch.save never compresses.
-        inflated_ratio: inflated bytes for each byte in the file; a pickle compresses about 20 to 1.
+        inflated_ratio: inflated bytes for each byte in the file; a pickle compresses about 20 to 1. A gzip stream may have
+            the larger of the two.
         directory_nbytes: of the central directory. 1 GiB is 16 million records.
         depth: of nesting. Python's own pickler cannot write much more, and whoever prints or compares the result recurses.
         dimensions: of a tensor; torch itself stops at 64.

@@ -26,6 +26,7 @@ from .table import TensorTable
 __all__ = ["SafetensorsArchive", "is_safetensors", "safetensors_table"]
 
 LENGTH = struct.Struct("<Q")
+CODES = {dtype.code: index for index, dtype in enumerate(DTYPES) if dtype.code is not None}
 PACKED = {"F4": 2}  # elements in what torch counts as one
 
 
@@ -66,7 +67,7 @@ class SafetensorsArchive(Archive):
         self.entries = bytearray()
         names, name_start, offset = [], 0, header_nbytes
         for name, code, shape in facts:
-            dtype = next((i for i, d in enumerate(DTYPES) if d.code == code), None)
+            dtype = CODES.get(code)
             if dtype is None or (code in PACKED and (not shape or shape[-1] % PACKED[code])):
                 raise UnsupportedError(
                     f"torch has no tensors of dtype {code} and shape {shape}", key=name, path=source.path

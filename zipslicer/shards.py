@@ -12,9 +12,9 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Union, cast
 
-from .backend import FIRST_NODE_KIND, Backend
+from .backend import FIRST_NODE_KIND, Backend, Kind
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import Limits
 from .source import LocalFile, read_at
@@ -171,6 +171,17 @@ def _some(names: Iterable[Any], count: int = SHOWN) -> str:
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
+# (file, key, position in the file's own view, or None where only the key is known as yet)
+Place = tuple[str, Any, Union[int, None]]
+
+
+class NoTensors:
+    """The kinds of all places: none is a tensor that could be read past `touch`."""
+
+    def __getitem__(self, position: int) -> int:
+        return Kind.NONE
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One open file: its view, and the positions of its keys."""
@@ -189,10 +200,9 @@ class ShardedView(View):
         self.index = index
         self._open_file = open_file
         self._shards: dict[str, Shard] = {}
-        self._files = index.files
-        # (file, key, position in the file's own view, or None where only the key is known as yet)
-        self._places: list[tuple[str, Any, int | None]] = [(file, key, None) for key, file in index.keys.items()]
-        self.kinds = bytes(len(self._places))  # NONE: never a tensor to be read past `touch`
+        self._files = {file: number for number, file in enumerate(index.files)}
+        self._places: dict[int, Place] = {i: (file, key, None) for i, (key, file) in enumerate(index.keys.items())}
+        self.kinds = cast("bytes", NoTensors())
         self._root: LazyStateDict | None = None
         self._is_closed = False
 
@@ -274,11 +284,10 @@ class ShardedView(View):
         file = next((file for file, shard in list(self._shards.items()) if shard.view is view), None)
         if file is None:
             return OVERLAID
-        place = (file, f"value {position}", position)
-        self._places.append(place)
-        while len(self.kinds) < len(self._places):
-            self.kinds += bytes(len(self.kinds))
-        return self._places.index(place, len(self.index.keys))
+        # A number of its own for each value of each file, so that no thread waits for another.
+        number = len(self.index.keys) + self._files[file] + position * len(self._files)
+        self._places[number] = (file, None, position)
+        return number
 
     # ---------------------------------------------------------------- what the containers ask
     @property
@@ -330,7 +339,7 @@ class ShardedView(View):
 
     def place(self, position: int) -> Any:
         view, place = self.at(position)
-        return self._files.index(self._places[position][0]), view.place(place)
+        return self._files[self._places[position][0]], view.place(place)
 
     def name_room(self) -> int:
         return sum(shard.view.name_room() for shard in self._all())
@@ -385,16 +394,15 @@ class ShardedView(View):
         views = {file: shard.view for file, shard in self._shards.items()}
         return ShardedView, (self.index, self._open_file), (views, self._places)
 
-    def __setstate__(self, state: tuple[dict[str, View], list[tuple[str, Any, int | None]]]) -> None:  # type: ignore[override]
+    def __setstate__(self, state: tuple[dict[str, View], dict[int, Place]]) -> None:  # type: ignore[override]
         views, self._places = state
-        self.kinds = bytes(len(self._places))
         self._shards = {file: Shard(view, LazyStateDict._of(view, 0)._slots) for file, view in views.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedView:
         """The same open files, with edits of its own."""
         made = memo[id(self)] = ShardedView(self.index, self._open_file)
         views = {file: copy.deepcopy(shard.view, memo) for file, shard in zip(self._files, self._all())}
-        made.__setstate__((views, list(self._places)))
+        made.__setstate__((views, dict(self._places)))
         return made
 
 
