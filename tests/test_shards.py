@@ -237,6 +237,12 @@ def test_open_gives_a_checkpoint(nested: Path) -> None:
         ckpt.tensors["w"]
 
 
+@pytest.mark.parametrize("name", ["table", "program", "reader"])
+def test_what_takes_one_file_is_unsupported(index: Path, name: str) -> None:
+    with pytest.raises(UnsupportedError, match="there are several"):
+        getattr(zipslicer.load(index)._view, name)
+
+
 # ---------------------------------------------------------------- when files are opened, and closed
 
 

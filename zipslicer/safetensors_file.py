@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import os
 import struct
 import sys
@@ -27,6 +26,7 @@ __all__ = ["SafetensorsArchive", "is_safetensors", "safetensors_table"]
 
 LENGTH = struct.Struct("<Q")
 CODES = {dtype.code: index for index, dtype in enumerate(DTYPES) if dtype.code is not None}
+TOO_MANY = 1 << 58  # elements; of 16 bytes each they are more than 64 bits can count
 PACKED = {"F4": 2}  # elements in what torch counts as one
 
 
@@ -43,7 +43,7 @@ class SafetensorsArchive(Archive):
     """The tensors of one file as the records of an archive: each stored, proved, and called by its tensor's name.
 
     Attributes:
-        tensors: (name, index into DTYPES, shape) of each record.
+        tensors: of each record (name, index into DTYPES, elements, sizes and strides).
 
     Raises:
         ImportError: the safetensors package is not installed.
@@ -63,7 +63,7 @@ class SafetensorsArchive(Archive):
             )
         self.metadata, facts = _read_header(source)
         self.count = len(facts)
-        self.tensors: list[tuple[str, int, tuple[int, ...]]] = []
+        self.tensors: list[tuple[str, int, int, list[int]]] = []
         self.entries = bytearray()
         names, name_start, offset = [], 0, header_nbytes
         for name, code, shape in facts:
@@ -74,15 +74,20 @@ class SafetensorsArchive(Archive):
                 )
             if code in PACKED:
                 shape[-1] //= PACKED[code]
-            if len(shape) > limits.dimensions or math.prod(max(n, 1) for n in shape) >= 1 << 58:
+            strides, run = [], 1
+            for n in reversed(shape):
+                strides.append(run)
+                run *= max(n, 1)
+            if len(shape) > limits.dimensions or run >= TOO_MANY:
                 raise ArchiveError(f"no tensor has the shape {shape[: limits.dimensions]}", key=name, path=source.path)
-            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+            count = 0 if 0 in shape else run
+            nbytes = count * DTYPES[dtype].itemsize
             encoded = name.encode("utf-8", "surrogatepass")
             end = offset + nbytes
             row = (offset, offset, nbytes, nbytes, end, 0, 0, 0, name_start, len(encoded))
             assert len(row) == ENTRY_FIELDS
             self.entries += array("q", row).tobytes()
-            self.tensors.append((name, dtype, tuple(shape)))
+            self.tensors.append((name, dtype, count, [*shape, *reversed(strides)]))
             names.append(encoded)
             name_start, offset = name_start + len(encoded), end
         if offset != source.size:
@@ -138,16 +143,14 @@ def safetensors_table(source: ByteSource, backend: Backend, limits: Limits) -> T
 def _program(archive: SafetensorsArchive) -> Program:
     """What a pickle of the same tensors in a dict would give."""
     tensors, dims, storages, ends = array("q"), array("q"), array("q"), 0
-    for number, (name, index, shape) in enumerate(archive.tensors):
-        dtype = DTYPES[index]
-        strides = [math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape))]
+    for number, (name, index, elements, sizes_and_strides) in enumerate(archive.tensors):
+        itemsize = DTYPES[index].itemsize
         ends += len(name.encode("utf-8", "surrogatepass"))
-        extent = math.prod(shape)
-        tensors.extend((number, index, dtype.itemsize, 0, len(dims), len(shape), 0, 0, extent))
-        storages.extend((index, extent * dtype.itemsize, 0, ends))
-        dims.extend((*shape, *strides))
+        tensors.extend((number, index, itemsize, 0, len(dims), len(sizes_and_strides) // 2, 0, 0, elements))
+        storages.extend((index, elements * itemsize, 0, ends))
+        dims.extend(sizes_and_strides)
     count = archive.count
-    names = [name for name, _, _ in archive.tensors]
+    names = [name for name, *_ in archive.tensors]
     graph = Graph(
         kinds=bytes([Kind.DICT]) + bytes([Kind.STR, Kind.TENSOR]) * count,
         payloads=array("q", [0, *itertools.chain(*zip(range(count), range(count)))]).tobytes(),

@@ -29,6 +29,7 @@ BESIDE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)"
 )  # what trainers put there
 PARTS = re.compile(r"consolidated\.\d+\.pth")
+OF_ONE_FILE = ("table", "program", "payloads", "options", "_reader")
 SHOWN = 5  # names in a message
 
 
@@ -205,6 +206,12 @@ class ShardedView(View):
         self.kinds = cast("bytes", NoTensors())
         self._root: LazyStateDict | None = None
         self._is_closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the view of one file has: some side doors ask for it, and should say what they cannot do."""
+        if name in OF_ONE_FILE:
+            raise UnsupportedError("this takes one file, and there are several; open one of them", path=self.index.path)
+        raise AttributeError(name)
 
     # ---------------------------------------------------------------- the files
     def shard(self, file: str) -> Shard:
