@@ -422,6 +422,16 @@ def test_a_member_of_a_zip_is_spooled(path: Path) -> None:
     source.close()
 
 
+def test_all_of_them_are_read_where_no_read_has_a_position(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: seek and read, under a lock."""
+    monkeypatch.delattr(os, "preadv", raising=False)
+    source = open_source(given)
+    assert not is_native(source)
+    for start, nbytes in ((4000, 96), (0, 10), (0, len(CONTENT))):
+        assert read_at(choose(), source, start, nbytes) == CONTENT[start : start + nbytes]
+    source.close()
+
+
 # ---------------------------------------------------------------- gzip
 
 

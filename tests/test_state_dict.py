@@ -377,6 +377,17 @@ def test_flatten(sd: Any) -> None:
     assert flat.materialize()["model.more"].shape == (3,)
 
 
+def test_flatten_takes_a_foreign_tensor_for_what_it_is() -> None:
+    one = loaded({"a": torch.zeros(1), "b": torch.zeros(2)})
+    one["other"] = loaded({"x": torch.ones(3), "deep": {"y": torch.full((2,), 7.0)}})
+    assert {key: tensor.tolist() for key, tensor in one.flatten().items()} == {
+        "a": [0],
+        "b": [0, 0],
+        "other.x": [1, 1, 1],
+        "other.deep.y": [7, 7],
+    }
+
+
 def test_flatten_loses_no_tensor() -> None:
     sd = loaded({"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}})
     with pytest.raises(ValueError, match=r"'a\.b'.*separator"):

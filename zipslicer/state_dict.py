@@ -678,7 +678,9 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
 
     def flatten(self, separator: str = ".") -> LazyStateDict:
-        """Every tensor of this mapping and of those nested in it, by its path; reads nothing. Other values are left out.
+        """Every tensor of this mapping and of those nested in it, by its path. Other values are left out.
+
+        Reads nothing, except tensors of other checkpoints that were assigned into this one.
 
         Raises: ValueError if two would get one path; another separator tells them apart.
         """
@@ -704,10 +706,9 @@ class LazyStateDict(MutableMapping[Any, Any]):
                     file, place = home.at(position)
                     is_tensor = file.table.is_tensor(place)
                     if is_tensor:
+                        # A tensor of a mapping that was put in from elsewhere is read, and the user's own from then on.
                         position = view.adopt(home, position)
-                        child = (
-                            file.touch(place) if position < 0 else None
-                        )  # of a mapping that was put in from elsewhere
+                        child = file.touch(place) if position < 0 else None
                     else:
                         child = file.touch(place) if _is_node(file.program, place) else None
                 else:
