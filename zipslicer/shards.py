@@ -22,12 +22,11 @@ from .state_dict import OVERLAID, LazyStateDict, View
 
 __all__ = ["Index", "ShardedView", "locate", "read_index"]
 
-INDEX_NBYTES = 256 << 20  # the largest on the hubs have some 10 MB; as Python objects they take ten times that
+INDEX_NBYTES = 64 << 20  # the largest on the hubs have some 10 MB; as Python objects they take ten or twenty times that
 INDEX_NAMES = ("*.index.json", "*.index.*.json")  # pytorch_model.bin.index.json, pytorch_model.bin.index.fp16.json
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
-BESIDE = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)"
-)  # what trainers put there
+# What trainers put beside a model.
+BESIDE = re.compile(r"(training_args|optimizer|scheduler|sampler|scaler|rng_state)(_\d+)?\.(bin|pt|pth)")
 PARTS = re.compile(r"consolidated\.\d+\.pth")
 OF_ONE_FILE = ("table", "program", "payloads", "options", "_reader")
 SHOWN = 5  # names in a message
@@ -155,7 +154,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_outside(file: str) -> str | None:
     """Why a name is none of a file at or below the folder of the index, on this system or another; None if it is one."""
-    if not file or "\0" in file:
+    if not file or "\0" in file or any("\ud800" <= c <= "\udfff" for c in file):
         return "is no name"
     if "\\" in file or ":" in file:
         return "has a drive, a stream or backslashes in it"
@@ -239,6 +238,8 @@ class ShardedView(View):
         kept = self._shards.setdefault(file, made)
         if kept is not made:
             view.close()
+        if self._is_closed:  # meanwhile, by another thread
+            kept.view.close()
         return kept
 
     def check(self, threads: int) -> None:
