@@ -374,7 +374,7 @@ def test_a_key_that_the_file_lacks_is_an_error_on_touch_without_check(index: Pat
     "name",
     [
         "../secret.bin", "a/../../secret.bin", "/etc/passwd", "..", ".", "", "a//b.bin", "./a.bin", "a\\b.bin", "..\\a.bin",
-        "C:\\a.bin", "C:a.bin", "//server/share/a.bin", "\\\\server\\a.bin", "a.bin:stream", "a\0.bin",
+        "C:\\a.bin", "C:a.bin", "//server/share/a.bin", "\\\\server\\a.bin", "a.bin:stream", "a\0.bin", "\ud800.bin",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("check", [True, False])
@@ -503,6 +503,7 @@ def test_a_folder_with_one_checkpoint_is_that(tmp_path: Path) -> None:
         "rng_state.pth",
         "rng_state_3.pth",
         "scaler.pt",
+        "optimizer_1.bin",
     ):
         torch.save({}, tmp_path / beside)
     (tmp_path / "config.json").write_text("{}")

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union, cast
 
@@ -204,7 +205,7 @@ class ShardedView(View):
         self._places: dict[int, Place] = {i: (file, key, None) for i, (key, file) in enumerate(index.keys.items())}
         self.kinds = cast("bytes", NoTensors())
         self._root: LazyStateDict | None = None
-        self._is_closed = False
+        self._closed = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         """What only the view of one file has: some side doors ask for it, and should say what they cannot do."""
@@ -221,7 +222,7 @@ class ShardedView(View):
         made = self._shards.get(file)
         if made is not None:
             return made
-        if self._is_closed:
+        if self._closed.is_set():
             raise ValueError("the checkpoint is closed")
         path = self.index.path_of(file)
         try:
@@ -238,7 +239,7 @@ class ShardedView(View):
         kept = self._shards.setdefault(file, made)
         if kept is not made:
             view.close()
-        if self._is_closed:  # meanwhile, by another thread
+        if self._closed.is_set():  # meanwhile, by another thread
             kept.view.close()
         return kept
 
@@ -393,7 +394,7 @@ class ShardedView(View):
 
     # ---------------------------------------------------------------- lifetime
     def close(self) -> None:
-        self._is_closed = True
+        self._closed.set()
         for shard in list(self._shards.values()):
             shard.view.close()
 
