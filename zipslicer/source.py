@@ -251,11 +251,10 @@ def _open_object(file: Any, limits: Limits) -> ByteSource:
     if can_seek and FRONT_TO_BACK.isdisjoint(f"{cls.__module__}.{cls.__qualname__}" for cls in type(file).__mro__):
         return FileObject(file)
     start = file.tell() if can_seek else None
-    try:
-        return _spooled(_maybe_gunzipped(_read_through(file), limits))
-    finally:
-        if start is not None:
-            file.seek(start)
+    made = _spooled(_maybe_gunzipped(_read_through(file), limits))
+    if start is not None:
+        file.seek(start)
+    return made
 
 
 def _descriptor(file: Any) -> int | None:
