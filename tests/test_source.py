@@ -284,6 +284,11 @@ def test_an_archive_is_read_from_the_position_of_a_file_object(tmp_path: Path) -
     torch.save({"w": torch.arange(5)}, file)
     with pytest.raises(zipslicer.ArchiveError, match=f"nothing follows byte {file.tell()}"):
         zipslicer.load(file)
+    end = file.tell()
+    file.seek(1000, io.SEEK_CUR)
+    with pytest.raises(zipslicer.ArchiveError, match=f"nothing follows byte {end}"):
+        zipslicer.load(file)
+    file.seek(end)
     (tmp_path / "a").write_bytes(b"0123456789" + file.getvalue())
     with (tmp_path / "a").open("rb") as opened:
         opened.seek(10)

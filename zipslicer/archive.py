@@ -197,7 +197,8 @@ class Archive:
 
 def _window(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
-        return source.start, source.size - source.start
+        start = min(source.start, source.size)  # a file object may stand behind its end
+        return start, source.size - start
     offset, nbytes = window
     if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
         raise ValueError(f"window={window} does not lie in a file of {source.size} bytes")
