@@ -76,9 +76,16 @@ def shards(folder: Path) -> list[Path]:
 
 
 def transformers_as_saved(folder: Path) -> Callable[[], Any]:
+    """With a first use of each weight: the library maps the files, and a page that is not used is not there."""
     from transformers import LlamaForCausalLM
 
-    return lambda: LlamaForCausalLM.from_pretrained(folder, use_safetensors=False, dtype="float32").state_dict()
+    def load() -> Any:
+        state = LlamaForCausalLM.from_pretrained(folder, use_safetensors=False, dtype="float32").state_dict()
+        for tensor in state.values():
+            tensor.sum()
+        return state
+
+    return load
 
 
 def transformers_cast(folder: Path) -> Callable[[], Any]:
@@ -94,6 +101,19 @@ def accelerate_into_model(folder: Path) -> Callable[[], Any]:
 
     def load() -> Any:
         load_checkpoint_in_model(made, str(folder))
+        return made.state_dict()
+
+    return load
+
+
+def accelerate_in_place_of(folder: Path) -> Callable[[], Any]:
+    """With a device_map the tensors of a file take the places of those of the model."""
+    from accelerate import load_checkpoint_in_model
+
+    made = model()
+
+    def load() -> Any:
+        load_checkpoint_in_model(made, str(folder), device_map={"": "cpu"})
         return made.state_dict()
 
     return load
@@ -185,8 +205,8 @@ def load_state_dict(folder: Path) -> Callable[[], Any]:
 LOADERS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     made.__name__: made
     for made in (
-        transformers_as_saved, transformers_cast, accelerate_into_model, accelerate_cast, accelerate_offload, iterator, merge,
-        load_state_dict,
+        transformers_as_saved, transformers_cast, accelerate_into_model, accelerate_in_place_of, accelerate_cast,
+        accelerate_offload, iterator, merge, load_state_dict,
     )
 }  # fmt: skip
 
