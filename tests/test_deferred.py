@@ -263,6 +263,35 @@ def test_another_place_or_byte_order_is_read_at_once(tmp_path: Path) -> None:
         assert torch.load(path, map_location="meta")["w"].is_meta
 
 
+def test_a_file_object_is_read_at_once(tmp_path: Path) -> None:
+    """Its owner may close it."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(N)}, path)
+    with zipslicer.patch_torch_load(lazy=True), path.open("rb") as file:
+        state = torch.load(file)
+    assert type(state["w"]) is torch.Tensor
+    assert state["w"].sum() == N
+
+
+def test_in_inference_mode(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        state = lazily({"w": torch.ones(N), "v": torch.ones(N)}, tmp_path)
+        assert state["w"].sum() == N
+        assert torch.empty(N).copy_(state["v"]).sum() == N
+        state["w"].zero_()
+    assert state["w"].sum() == 0
+    assert (state["v"] + 1).sum() == 2 * N
+
+
+def test_autograd_sees_plain_tensors(tmp_path: Path) -> None:
+    state = lazily({"w": torch.ones(N)}, tmp_path)
+    scale = torch.tensor(2.0, requires_grad=True)
+    (state["w"] * scale).sum().backward()
+    assert scale.grad == N
+    with torch.no_grad():
+        assert (state["w"] * 2).sum() == 2 * N
+
+
 def test_a_call_from_below_python_reads_too(tmp_path: Path) -> None:
     state = lazily({"w": torch.arange(float(N))}, tmp_path)
     with torch._C.DisableTorchFunctionSubclass():

@@ -113,6 +113,7 @@ def test_a_file_object_is_read_from_where_it_stands(tmp_path: Path) -> None:
     file = io.BytesIO(b"header" + saved({"w": torch.ones(3)}, tmp_path / "a.pt").read_bytes())
     file.seek(6)
     assert zipslicer.torch_load(file)["w"].tolist() == [1, 1, 1]
+    assert file.tell() == 6
 
 
 def with_location(path: Path, tree: Any, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -30,8 +30,9 @@ _Tensor: Any = torch.Tensor
 _FACTS: set[Any] = {
     getattr(_Tensor, name).__get__
     for name in (
-        "_base", "_grad", "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_nested",
-        "is_quantized", "is_sparse", "is_sparse_csr", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape",
+        "_base", "_grad", "device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn",
+        "is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "itemsize", "layout", "nbytes", "ndim", "requires_grad",
+        "shape",
     )
     if hasattr(_Tensor, name)
 } | {

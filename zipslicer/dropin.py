@@ -125,16 +125,12 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
         patches = _PATCHES[-1:]
         if not patches:
             return original(*args, **kwargs)
-        f: Any = args[0] if args else kwargs.get("f")
-        start = f.tell() if hasattr(f, "tell") else None
         try:
             return _load(*args, **kwargs, lazy=patches[0].lazy)
         except (UnsupportedError, UnsafeError) as error:
             if not patches[0].fallback:
                 raise
             why = error
-        if start is not None:
-            f.seek(start)
         warnings.warn(f"zipslicer leaves this file to torch.load: {why}", stacklevel=2)
         return original(*args, **kwargs)
 
@@ -152,6 +148,8 @@ def _load(
     **pickle_load_args: Any,
 ) -> Any:
     del mmap
+    lazy = lazy and isinstance(f, (str, os.PathLike))  # a file object may be closed by the time a tensor is used
+    start = f.tell() if hasattr(f, "tell") else None
     try:
         _refuse_arguments(f, pickle_module, pickle_load_args)
         declared = _declared_safe()
@@ -184,6 +182,9 @@ def _load(
         raise _as_torch_has_it(error, advice) from None
     except ZipSlicerError as error:
         raise _as_torch_has_it(error) from None
+    finally:
+        if start is not None:
+            f.seek(start)
 
 
 # ---------------------------------------------------------------- what is left to torch.load
@@ -201,18 +202,21 @@ def _refuse_arguments(f: Any, pickle_module: Any, pickle_load_args: dict[str, An
     local = getattr(torch.serialization, "_serialization_tls", None)
     if getattr(local, "skip_data", False) or torch._guards.detect_fake_mode() is not None:
         raise UnsupportedError("tensors without data are wanted (FakeTensorMode or torch.serialization.skip_data)")
-    if isinstance(f, (str, os.PathLike)) and str(os.fspath(f)).endswith(".safetensors"):
-        raise UnsupportedError("a .safetensors file is read by safetensors.torch.load_file")
+    if isinstance(f, (str, os.PathLike)):
+        if os.path.isdir(f):
+            raise IsADirectoryError(21, "is a directory; torch.load reads one file", os.fspath(f))
+        if str(os.fspath(f)).endswith((".safetensors", ".json")):
+            raise UnsupportedError("torch.load reads files of torch.save; zipslicer.load takes others as well")
 
 
 def _window(f: Any) -> tuple[int, int] | None:
-    """torch.load reads a file object from where it stands."""
+    """torch.load reads a file object from where it stands. Leaves it at its first byte."""
     if not hasattr(f, "seek") or not hasattr(f, "read"):
         return None
     start = f.tell()
     magic = f.read(len(ZIP_MAGIC))
     nbytes = f.seek(0, io.SEEK_END) - start
-    f.seek(start)
+    f.seek(0)
     if magic != ZIP_MAGIC:
         # Several objects may follow one another there, and torch.load stops behind the one that it has read.
         raise UnsupportedError("this file object holds no ZIP archive; a legacy file is read by its path")
