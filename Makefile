@@ -105,7 +105,7 @@ $(VENV)/.integrations: $(VENV)/.installed
 	@touch $@
 
 test-integrations: $(VENV)/.integrations
-	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py $(PYTEST_ARGS)
+	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py tests/test_docs.py $(PYTEST_ARGS)
 
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py

@@ -1,6 +1,6 @@
 """Peak memory of loaders that call torch.load, with and without zipslicer in its place: the tables of docs/recipes.md.
 
-    pip install zipslicer[torch] transformers accelerate
+    pip install ".[torch]" transformers accelerate
     python benchmarks/dropins.py [--only merge] [--folder FOLDER]
 
 Makes a random Llama of 84 million parameters (336 MB) as four .bin shards in a temporary folder. Each line is a fresh
