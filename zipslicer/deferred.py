@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from .backend import Kind
 from .errors import ZipSlicerError
-from .program import Builder
 from .state_dict import View
-from .tensors import TensorReader
+from .tensors import TensorReader, _below
 
 __all__ = ["Deferral", "DeferredTensor", "build_deferred"]
 
@@ -169,26 +168,32 @@ class Deferral:
 def build_deferred(view: View) -> Any:
     """The root of a file, as torch.load would return it, with a DeferredTensor for each row on a large storage.
 
-    What is wrapped around a tensor (a Parameter, attributes), and tensors that require grad or are conjugated, are read
-    at once; so is all that is not to be on the CPU, or is of foreign byte order.
+    Read at once is what is part of something else (a Parameter, a tensor with attributes, an object), tensors that
+    require grad or are conjugated, and whatever is not to be on the CPU or is of foreign byte order.
     """
     reader, table, program = view.reader, view.table, view.program
+    kinds, payloads = program.kinds, program.payloads
     rows = [table.row(number) for number in range(program.tensor_count)]
-    bare = [program.payloads[p] for p, kind in enumerate(program.kinds) if kind == Kind.STORAGE]
-    at_once = {row.storage for row in rows if row.flags} | set(bare)
-    at_once.update(row.storage for row in rows if table.storage_nbytes(row.storage) < DEFERRED)
-    plain = reader._is_plain and not table.swapped
-    now = [number for number, row in enumerate(rows) if row.storage in at_once or not plain]
-    tensors, whole = reader.shared(now, bare)
+    now = [
+        position
+        for position, kind in enumerate(kinds)
+        if kind == Kind.STORAGE
+        or (kind in (Kind.CALL, Kind.OBJECT, Kind.TYPED) and not program.is_mapping(payloads[position]))
+    ]
+    numbers, storages = _below(table, now, {})
+    if table.swapped or not reader._is_plain:
+        numbers = list(range(len(rows)))
+    # A storage is deferred as a whole, or not at all: what is tied must stay so.
+    at_once = {*storages, *(rows[number].storage for number in numbers)}
+    at_once.update(row.storage for row in rows if row.flags or table.storage_nbytes(row.storage) < DEFERRED)
+    now += [p for p, kind in enumerate(kinds) if kind == Kind.TENSOR and rows[payloads[p]].storage in at_once]
+    builder = reader.builder(now)
+    read = builder.leaf
     deferral = Deferral(reader, table.archive.source.path)
 
     def leaf(kind: int, payload: int) -> Any:
-        if kind == Kind.STORAGE:
-            return reader.storage_value(payload, whole[payload])
-        return tensors[payload] if payload in tensors else deferral.tensor(payload)
+        is_deferred = kind == Kind.TENSOR and rows[payload].storage not in at_once
+        return deferral.tensor(payload) if is_deferred else read(kind, payload)
 
-    def special(meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
-        tree_map_only(DeferredTensor, _settled, tuple(args))
-        return view.special(meaning, name, args, state)
-
-    return Builder(program, leaf, special).build(0)
+    builder.leaf = leaf
+    return builder.build(0)
