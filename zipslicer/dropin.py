@@ -147,7 +147,7 @@ def _load(
     lazy: bool,
     **pickle_load_args: Any,
 ) -> Any:
-    del mmap
+    del mmap, weights_only  # neither makes a difference
     lazy = lazy and isinstance(f, (str, os.PathLike))  # a file object may be closed by the time a tensor is used
     start = f.tell() if hasattr(f, "tell") else None
     try:
@@ -174,12 +174,12 @@ def _load(
     except UnsafeError as error:
         if error.global_name.startswith("__torch__."):
             raise _as_torch_has_it(UnsupportedError(SCRIPT, path=error.path)) from None
-        more = "torch.load(weights_only=False) would import and call it; " if weights_only is False else ""
-        advice = (
-            f"; {more}declare its class with torch.serialization.safe_globals([...]) if you trust it, or read the rest of "
-            "the file with zipslicer.load"
+        name = error.global_name
+        error.message = (
+            f"the file names {name}, which zipslicer does not build; nothing of it was run. If you trust what it does with "
+            "any arguments, declare it with torch.serialization.safe_globals; zipslicer.load has the rest of the file"
         )
-        raise _as_torch_has_it(error, advice) from None
+        raise _as_torch_has_it(error) from None
     except ZipSlicerError as error:
         raise _as_torch_has_it(error) from None
     finally:
@@ -243,8 +243,7 @@ def _refuse_placeholders(root: Any, view: View, declared: dict[str, Any]) -> Non
         value = todo.pop()
         if type(value) is Placeholder:
             name = describe(value).qualified
-            text = f"the file has {name}, which zipslicer does not build"
-            raise UnsafeError(text, global_name=name, path=view.table.archive.source.path)
+            raise UnsafeError("", global_name=name, path=view.table.archive.source.path)
         if id(value) in seen:
             continue
         if isinstance(value, (dict, list, tuple, set, frozenset)):
@@ -301,10 +300,10 @@ def _where(map_location: Any, view: View) -> Any:
 # ---------------------------------------------------------------- errors
 
 
-def _as_torch_has_it(error: ZipSlicerError, more: str = "") -> ZipSlicerError:
+def _as_torch_has_it(error: ZipSlicerError) -> ZipSlicerError:
     """The same error, of a class that code around torch.load catches too."""
-    made = _TWINS[type(error)](error.message + more)
-    made.__dict__.update(error.__dict__, message=error.message + more)
+    made = _TWINS[type(error)](error.message)
+    made.__dict__.update(error.__dict__)
     return made
 
 
