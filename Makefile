@@ -2,6 +2,7 @@
 #   make demo     the main job, on a checkpoint it makes, beside torch.load
 #   make test     all tests, on the native backend and then on the pure one
 #   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
+#   make test-integrations   tests with transformers, accelerate, diffusers, peft, which it installs
 #   make bench    the table of the README (its own environment, 5 GB of files in benchmarks/.cache, 45 minutes)
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
 #   make clean    remove the environments and every build output; the two .cache folders go with `make clean-bench`
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test real bench lint format clean clean-bench
+.PHONY: help demo examples test test-integrations real bench lint format clean clean-bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +23,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
 DEV_PACKAGES := $(BUILD_PACKAGES) torch
+INTEGRATION_PACKAGES := transformers accelerate diffusers peft
 BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
@@ -96,6 +98,14 @@ test: $(VENV)/.installed
 # The one step of the tests that needs the network; without it, these tests are skipped.
 real: $(VENV)/.packages
 	$(VENV)/bin/python tests/real_checkpoints.py
+
+# Tests that skip elsewhere, because these packages are large and change often: not part of `make test`.
+$(VENV)/.integrations: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) $(INTEGRATION_PACKAGES)
+	@touch $@
+
+test-integrations: $(VENV)/.integrations
+	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py tests/test_docs.py $(PYTEST_ARGS)
 
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py

@@ -7,6 +7,7 @@ sd.get_slice("lm_head.weight")[:100]    # these rows, and nothing else
 
 from ._version import __version__
 from .checkpoint import Checkpoint, backend, load, open
+from .dropin import patch_torch_load, torch_load
 from .errors import (
     ArchiveError,
     ChangedError,
@@ -43,4 +44,6 @@ __all__ = [
     "describe",
     "load",
     "open",
+    "patch_torch_load",
+    "torch_load",
 ]
