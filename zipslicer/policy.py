@@ -16,6 +16,7 @@ from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Verb
 from .backend import Limits as MachineLimits
 
 __all__ = [
+    "COMPOSITES",
     "DTYPES",
     "NOT_PLAIN",
     "Limits",
@@ -24,6 +25,8 @@ __all__ = [
     "actions",
     "construct",
     "describe",
+    "dtype_index",
+    "dtype_named",
     "machine_limits",
     "meaning_of",
 ]
@@ -105,6 +108,12 @@ class Meaning:
     FACTORY: Final = 11  # a builtin type that stands as the factory of a defaultdict
     PARTIAL: Final = 12
     LAST_PLAIN: Final = 12  # up to here construct() makes the value; from here on tensors.py does, with torch or NumPy
+    SPARSE: Final = 14  # these are the tensors of composites.py
+    QUANTIZED: Final = 15
+    NESTED: Final = 16
+    META: Final = 17
+    FROM_CPU: Final = 18
+    FROM_NUMPY: Final = 19
     SIZE: Final = 20
     DEVICE: Final = 21
     DTYPE: Final = 22
@@ -120,6 +129,8 @@ class Meaning:
     NUMPY_SCALAR: Final = 33
     NUMPY_BUFFER: Final = 34
 
+
+COMPOSITES: Final = range(Meaning.SPARSE, Meaning.FROM_NUMPY + 1)  # tensors of more or less than one dense row
 
 _PLAIN: dict[str, dict[str, int]] = {
     "builtins": {
@@ -157,7 +168,16 @@ _PLAIN: dict[str, dict[str, int]] = {
         "torch.preserve_format": Meaning.MEMORY_FORMAT,
         "_rebuild_parameter": Meaning.PARAMETER,
         "_rebuild_parameter_with_state": Meaning.PARAMETER_WITH_STATE,
+        "_rebuild_sparse_tensor": Meaning.SPARSE,
+        "_rebuild_qtensor": Meaning.QUANTIZED,
+        "_rebuild_nested_tensor": Meaning.NESTED,
+        "_rebuild_meta_tensor_no_storage": Meaning.META,
+        "_rebuild_device_tensor_from_cpu_tensor": Meaning.FROM_CPU,
+        "_rebuild_device_tensor_from_numpy": Meaning.FROM_NUMPY,
+        "_rebuild_xla_tensor": Meaning.FROM_NUMPY,
     },
+    "torch._tensor": {"_rebuild_from_type_v2": Meaning.TYPED, "_rebuild_from_type": Meaning.TYPED},
+    "torch.tensor": {"_rebuild_from_type": Meaning.TYPED},
     "numpy": {"ndarray": Meaning.NUMPY_NDARRAY, "dtype": Meaning.NUMPY_DTYPE},
     # NumPy 2 moved its core to numpy._core; a file has the names of the NumPy that wrote it.
     "numpy._core.multiarray": {"_reconstruct": Meaning.NUMPY_ARRAY, "scalar": Meaning.NUMPY_SCALAR},
@@ -220,6 +240,18 @@ def actions() -> Mapping[tuple[str, str], int]:
 def meaning_of(module: str, name: str) -> int:
     """A Meaning; STRANGER for what is not in the table."""
     return _MEANINGS.get((module, name), Meaning.STRANGER)
+
+
+def dtype_index(name: str) -> int | None:
+    """The place in DTYPES of a global that is a dtype: of "torch.float32", "torch.half"; None for any other."""
+    module, _, spelling = name.rpartition(".")
+    action = _ACTIONS.get((module, spelling), 0)
+    return action >> 8 & 0xFF if action & 0xFF == Verb.DTYPE else None
+
+
+def dtype_named(name: str) -> int:
+    """The place in DTYPES of a dtype: of "float32"."""
+    return next(i for i, dtype in enumerate(DTYPES) if dtype.name == name)
 
 
 @dataclasses.dataclass(frozen=True)

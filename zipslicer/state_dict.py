@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
+from .composites import Member
 from .errors import CheckpointError, TableError, ZipSlicerError
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct
 from .program import ARGS, KWARGS, MISSING, STATE, Program
@@ -136,6 +137,13 @@ class View:
         except ZipSlicerError as error:
             return error
 
+    def located_meta(self, position: int, key: Any) -> TensorInfo | None:
+        """As meta; what is wrong names the key."""
+        try:
+            return self.meta(position)
+        except ZipSlicerError as error:
+            raise error.located(path=self.table.archive.source.path, key=key) from None
+
     def meta(self, position: int) -> TensorInfo | None:
         """What the file says of a value that is a tensor or storage; None for any other."""
         if self.program.kinds[position] == Kind.STORAGE:
@@ -232,21 +240,24 @@ class FileDescription(Description):
         self.called = True
         self._view = view
         self._start, _ = view.program.span(node)
-        self._names = {step[1]: p for p, step in view.table._attributes(self._start + STATE) if step[0] == "attribute"}
+        self._names = {step[1]: p for p, step in view.table.attributes(node) if step[0] == "attribute"}
+        rebuilt = view.program.rebuilt(node)
+        self._args, self._state = rebuilt or (self._start + ARGS, self._start + STATE)
+        self._keywords = None if rebuilt is None else view.table.keywords(rebuilt[0])
         self._listed = view.program.appended(node)
         self._node = node
 
     @property
     def args(self) -> Any:  # type: ignore[override]
-        return self._view.touch(self._start + ARGS)
+        return () if self._keywords is not None else self._view.touch(self._args)
 
     @property
     def kwargs(self) -> Any:  # type: ignore[override]
-        return self._view.touch(self._start + KWARGS) or {}
+        return self._view.touch(self._start + KWARGS if self._keywords is None else self._keywords) or {}
 
     @property
     def state(self) -> Any:
-        return self._view.touch(self._start + STATE)
+        return self._view.touch(self._state)
 
     @property
     def attributes(self) -> Any:  # type: ignore[override]
@@ -264,7 +275,7 @@ class FileDescription(Description):
 
     def peek_args(self, count: int) -> list[Any]:
         program = self._view.program
-        positions = range(*program.span(program.payloads[self._start + ARGS]))
+        positions = range(*program.span(program.payloads[self._args])) if self._keywords is None else range(0)
         return [self._view.peek(p) for p in positions[:count]]
 
     def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
@@ -478,7 +489,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if position < 0:
             value = self._overlay[key]
             return _info_of(value) if hasattr(value, "untyped_storage") else None
-        return self._view.meta(position)
+        return self._view.located_meta(position, key)
 
     def _require_meta(self, key: Any) -> TensorInfo:
         info = self.get_meta(key)
@@ -594,9 +605,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if error.record is None or not isinstance(error, CheckpointError):
             return None
         for key, position in self._slots.items():
-            info = None if position < 0 or not table.is_tensor(position) else self.get_meta(key)
-            if info is not None and error.record.endswith(f"/{table.folder}/{info.storage_key}"):
-                return key
+            info = None if position < 0 or not table.is_tensor(position) else self._view.shown_meta(position)
+            for part in () if info is None else (info, *info.parts.values()):
+                if error.record.endswith(f"/{table.folder}/{part.storage_key}"):
+                    return key
         return None
 
     # ---------------------------------------------------------------- other names for the same tensors
@@ -829,24 +841,44 @@ class LazySlice:
     The result owns its memory. Reads the bytes that are asked for, and little else.
     """
 
-    __slots__ = ("_key", "_leaf", "_owner")
+    __slots__ = ("_key", "_leaf", "_owner", "_part")
 
-    def __init__(self, owner: LazyStateDict, key: Any, leaf: Leaf | None) -> None:
+    def __init__(self, owner: LazyStateDict, key: Any, leaf: Leaf | None, part: Member | None = None) -> None:
         self._owner = owner
         self._key = key
         self._leaf = leaf
+        self._part = part
 
     def __getitem__(self, index: Any) -> Any:
         """Raises: IndexError, TypeError (an index that is not basic), ValueError (a step of 0)."""
         if self._leaf is None:
             return self._owner[self._key][index]
         try:
-            return self._owner._view.reader.slice(self._leaf, index)
+            reader = self._owner._view.reader
+            if self._part is not None:
+                return reader.slice_member(self._part, index)
+            return reader.slice(self._leaf, index)
         except ZipSlicerError as error:
             raise error.located(path=self._owner.path, key=self._key) from None
 
+    def part(self, name: str) -> LazySlice:
+        """One of the dense tensors that a sparse, quantized or nested tensor consists of; `info.parts` has their names.
+
+        Raises: KeyError.
+        """
+        leaf, table = self._leaf, self._owner._view.table
+        try:
+            known = {} if leaf is None or leaf.composite is None else table.composite(leaf.composite).members
+        except ZipSlicerError as error:
+            raise error.located(path=self._owner.path, key=self._key) from None
+        if self._part is not None or name not in self.info.parts:
+            raise MissingKeyError(name, self.info.parts)
+        return LazySlice(self._owner, self._key, leaf, known[name])
+
     @property
     def info(self) -> TensorInfo:
+        if self._part is not None:
+            return self._owner._view.table.member_info(self._part)
         return self._owner._require_meta(self._key)
 
     @property
