@@ -237,8 +237,8 @@ def _meta(table: TensorTable, found: dict[str, int]) -> Composite:
     if len(sizes) != len(strides):
         raise TableError(f"a tensor has {len(sizes)} sizes and {len(strides)} strides")
     _total(sizes)
-    _total((hull(Geometry(0, sizes, strides)), 16))  # torch counts its bytes in 64 bits
     dtype, grad = _dtype_and_grad(program, found)
+    _total((hull(Geometry(0, sizes, strides)), DTYPES[dtype].itemsize))  # torch counts its bytes in 64 bits
     return Composite(Meaning.META, "strided", dtype, sizes, strides, grad, {}, found, "meta")
 
 

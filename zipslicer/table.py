@@ -343,6 +343,8 @@ class TensorTable:
         sizes, strides, dtype = composite.sizes, composite.strides, DTYPES[composite.dtype]
         parts = {name: self.member_info(each) for name, each in composite.members.items()}
         main = parts.get("int_repr") or parts.pop("tensor", None)  # whose elements are those of the whole
+        if main is not None and main.itemsize != dtype.itemsize:  # cast when it is read
+            main = None
         count = parts["values"].numel if composite.layout == NESTED else numel(sizes)
         nbytes = sum(part.nbytes for part in parts.values()) if parts else count * dtype.itemsize
         if parts:
