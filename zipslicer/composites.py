@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union
+from typing import Any, Final, NamedTuple, Protocol, Union
 
 from .backend import DIFFERENTIABLE, Kind
 from .errors import TableError, UnsupportedError
 from .plan import Geometry, hull, is_contiguous, numel
-from .policy import DTYPES, Meaning, dtype_index, dtype_named
+from .policy import DTYPES, Dtype, Meaning, dtype_index, dtype_named
 from .program import ARGS, STATE, Program
-
-if TYPE_CHECKING:
-    from .table import TensorTable
 
 __all__ = ["NESTED", "RAGGED", "Composite", "Dense", "Member", "compose", "find", "is_sliceable", "read"]
 
@@ -37,6 +34,18 @@ MEMBERS = {  # of each layout, in the order of the call
     "sparse_bsc": ("compressed", "plain", "values"),
     NESTED: ("values", "sizes", "strides", "offsets"),
 }
+
+
+class Table(Protocol):
+    """What is asked of table.TensorTable."""
+
+    @property
+    def program(self) -> Program: ...
+    def row(self, number: int, /) -> Any: ...
+    def geometry(self, row: Any, /) -> Geometry: ...
+    def dtype(self, index: int, /) -> Dtype: ...
+    def storage_dtype(self, storage: int, /) -> int: ...
+    def storage_nbytes(self, storage: int, /) -> int: ...
 
 
 class Dense(NamedTuple):
@@ -114,7 +123,7 @@ _FORMS: Mapping[int, tuple[tuple[str, ...], int]] = {  # arguments by name, and 
 
 
 # ---------------------------------------------------------------- the graph
-def read(table: TensorTable, node: int) -> Composite:
+def read(table: Table, node: int) -> Composite:
     """The facts of a call that `find` has found. Raises: TableError."""
     found = find(table.program, node)
     assert found is not None
@@ -125,7 +134,7 @@ def read(table: TensorTable, node: int) -> Composite:
     return _READERS[meaning](table, found)
 
 
-def _sparse(table: TensorTable, found: dict[str, int]) -> Composite:
+def _sparse(table: Table, found: dict[str, int]) -> Composite:
     program = table.program
     layout, sizes = _layout(program, found["layout"]), _integers(program, found["size"])
     assert layout is not None
@@ -146,7 +155,7 @@ def _sparse(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.SPARSE, layout, values.dtype, sizes, (), values.requires_grad, members, found)
 
 
-def _quantized(table: TensorTable, found: dict[str, int]) -> Composite:
+def _quantized(table: Table, found: dict[str, int]) -> Composite:
     program = table.program
     storage = program.payloads[found["storage"]]
     dtype = table.storage_dtype(storage)
@@ -187,7 +196,7 @@ def _quantized(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.QUANTIZED, "strided", dtype, sizes, strides, False, members, found)
 
 
-def _per_channel(table: TensorTable, position: int, name: str, count: int) -> dict[str, Member]:
+def _per_channel(table: Table, position: int, name: str, count: int) -> dict[str, Member]:
     """Scales or zero points: a tensor, or in old files a list; one for each channel."""
     program = table.program
     kind = program.kinds[position]
@@ -205,7 +214,7 @@ def _per_channel(table: TensorTable, position: int, name: str, count: int) -> di
     raise TableError(f"a quantized tensor needs {count} {name} of a number type, one for each channel")
 
 
-def _nested(table: TensorTable, found: dict[str, int]) -> Composite:
+def _nested(table: Table, found: dict[str, int]) -> Composite:
     program = table.program
     members: dict[str, Member] = {name: found[name] for name in MEMBERS[NESTED]}
     values = table.row(program.payloads[found["values"]])
@@ -231,7 +240,7 @@ def _nested(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.NESTED, NESTED, values.dtype, sizes, (), values.requires_grad, members, found)
 
 
-def _meta(table: TensorTable, found: dict[str, int]) -> Composite:
+def _meta(table: Table, found: dict[str, int]) -> Composite:
     program = table.program
     sizes, strides = _integers(program, found["size"]), _integers(program, found["stride"])
     if len(sizes) != len(strides):
@@ -242,7 +251,7 @@ def _meta(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.META, "strided", dtype, sizes, strides, grad, {}, found, "meta")
 
 
-def _from_cpu(table: TensorTable, found: dict[str, int]) -> Composite:
+def _from_cpu(table: Table, found: dict[str, int]) -> Composite:
     program = table.program
     geometry = table.geometry(table.row(program.payloads[found["tensor"]]))
     dtype, grad = _dtype_and_grad(program, found)
@@ -251,7 +260,7 @@ def _from_cpu(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.FROM_CPU, "strided", dtype, geometry.sizes, geometry.strides, grad, members, found, where)
 
 
-def _from_numpy(table: TensorTable, found: dict[str, int]) -> Composite:
+def _from_numpy(table: Table, found: dict[str, int]) -> Composite:
     """The array is in the program itself: its shape is known without making it."""
     program = table.program
     sizes, is_fortran = _array_shape(program, found["array"])
@@ -265,7 +274,7 @@ def _from_numpy(table: TensorTable, found: dict[str, int]) -> Composite:
     return Composite(Meaning.FROM_NUMPY, "strided", dtype, sizes, strides, grad, {}, found, where)
 
 
-_READERS: Mapping[int, Callable[[TensorTable, dict[str, int]], Composite]] = {
+_READERS: Mapping[int, Callable[[Table, dict[str, int]], Composite]] = {
     Meaning.SPARSE: _sparse,
     Meaning.QUANTIZED: _quantized,
     Meaning.NESTED: _nested,
@@ -351,7 +360,7 @@ def _dtype_and_grad(program: Program, found: Mapping[str, int]) -> tuple[int, bo
     return dtype, grad == Kind.TRUE
 
 
-def _index(table: TensorTable, position: int, name: str) -> None:
+def _index(table: Table, position: int, name: str) -> None:
     """A member that torch goes through element by element."""
     row = table.row(table.program.payloads[position])
     if table.dtype(row.dtype).name not in INTEGERS:
