@@ -383,7 +383,8 @@ class Builder:
         elif kind == Kind.SET:
             self.objects[node] = set()
         elif kind in (Kind.CALL, Kind.OBJECT) and not self.is_known(node):
-            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True))
+            is_new = kind == Kind.OBJECT
+            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True, is_new=is_new))
 
     def is_known(self, node: int) -> bool:
         return self.program.meaning(node) != Meaning.STRANGER or self.program.allowed(node) is not MISSING
@@ -496,6 +497,8 @@ class Builder:
         if not self.absent(node, STATE):
             about.state = values[STATE]
             about.attributes = attributes_of(about.state)
+            if self.program.meaning(node) == Meaning.PARTIAL and type(about.state) is tuple:
+                about.attributes = dict(zip(PARTIAL, about.state))
 
     def absent(self, node: int, part: int) -> bool:
         return self.program.kinds[self.program.span(node)[0] + part] == Kind.ABSENT
@@ -513,6 +516,9 @@ class Builder:
         elif listed or (rest and not isinstance(made, dict)):
             raise ProgramError(f"items are put into a {type(made).__name__}")
         self.set_items(made, rest[::2], rest[1::2])
+
+
+PARTIAL = ("func", "args", "keywords")  # what functools.partial calls the first three items of its state
 
 
 def attributes_of(state: Any) -> dict[Any, Any]:

@@ -21,8 +21,8 @@ from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
 from .composites import Member
 from .errors import CheckpointError, TableError, ZipSlicerError
-from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct
-from .program import ARGS, KWARGS, MISSING, STATE, Program
+from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
+from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
@@ -238,9 +238,13 @@ class FileDescription(Description):
     def __init__(self, view: View, node: int) -> None:
         self.module, self.name = view.program.called_name(node)
         self.called = True
+        self.is_new = view.program.kind(node) == Kind.OBJECT
         self._view = view
         self._start, _ = view.program.span(node)
         self._names = {step[1]: p for p, step in view.table.attributes(node) if step[0] == "attribute"}
+        state = self._start + STATE
+        if view.program.meaning(node) == Meaning.PARTIAL and view.kinds[state] == Kind.TUPLE:
+            self._names = dict(zip(PARTIAL, range(*view.program.span(view.payloads[state]))))
         rebuilt = view.program.rebuilt(node)
         self._args, self._state = rebuilt or (self._start + ARGS, self._start + STATE)
         self._keywords = None if rebuilt is None else view.table.keywords(rebuilt[0])
@@ -276,10 +280,15 @@ class FileDescription(Description):
     def peek_args(self, count: int) -> list[Any]:
         program = self._view.program
         positions = range(*program.span(program.payloads[self._args])) if self._keywords is None else range(0)
-        return [self._view.peek(p) for p in positions[:count]]
+        return [self._view.shown(p) for p in positions[:count]]
 
     def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
-        return [(name, self._view.peek(p)) for name, p in list(self._names.items())[:count]]
+        return [(name, self._view.shown(p)) for name, p in public_first(self._names.items())[:count]]
+
+    def peek_items(self, count: int) -> tuple[list[Any], list[tuple[Any, Any]]]:
+        items = self.items._positions if len(self._listed) < count else {}
+        listed = [self._view.shown(p) for p in self._listed[:count]]
+        return listed, [(k, self._view.shown(p)) for k, p in itertools.islice(items.items(), count - len(listed))]
 
 
 class Touched(Mapping[Any, Any]):

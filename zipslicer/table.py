@@ -16,7 +16,7 @@ from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIE
 from .composites import NESTED, Composite, Dense, Member, find, read
 from .errors import ArchiveError, TableError
 from .plan import Geometry, hull, is_contiguous, numel
-from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Dtype, Meaning
+from .policy import COMPOSITES, DTYPES, LEVELS, NOT_PLAIN, Dtype, Meaning
 from .program import ARGS, MISSING, STATE, Program
 
 __all__ = ["Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
@@ -27,7 +27,6 @@ UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
 NAME_ROOM = 256  # characters of names for each value of the file; flat state dicts have two values a tensor
 NO_GRAD = "a Parameter of this dtype cannot require grad"
 TOO_LONG = "the names of the tensors are far longer than the file: long keys are nested over and over"
-TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
 
 Step = tuple[str, Any]  # ("key", k), ("index", i), ("attribute", name) or ("part", name)
 
@@ -644,7 +643,7 @@ def dotted(steps: tuple[Step, ...]) -> str:
     for kind, name in steps:
         if kind == "part":
             names += map(str, name if isinstance(name, tuple) else (name,))
-        elif not (kind == "attribute" and name in TRANSPARENT):
+        elif not (kind == "attribute" and name in LEVELS):
             names.append(str(name))
     return ".".join(names)
 
