@@ -134,7 +134,36 @@ def test_what_is_one_dense_tensor_underneath_is_sliced() -> None:
     assert (half.tolist(), half.dtype, half.requires_grad, half.is_leaf) == ([3.0, 4.0], torch.float16, True, True)
 
 
-@pytest.mark.parametrize("name", ["coo", "csr", "nested", "channel"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_a_slice_keeps_the_scales_of_its_channels(axis: int, kind: Any) -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    scales, zeros = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=kind)[: x.shape[axis]], torch.tensor([1, 2, 3, 4])
+    zeros = zeros[: x.shape[axis]] if kind is torch.float64 else zeros[: x.shape[axis]].float()
+    whole = torch.quantize_per_channel(x, scales, zeros, axis, torch.quint8)
+    sliced = zipslicer.load(saved({"q": whole})).get_slice("q")
+    values = whole.dequantize().numpy()
+    for index in (
+        (),
+        -1,
+        (slice(None), 2),
+        (slice(None, None, -2), slice(1, 3)),
+        (None, slice(1, 2)),
+        (1, 1),
+        slice(2, 2),
+    ):
+        wanted = values[index]
+        if kind is torch.float32 and index in (-1, (slice(None), 2), (1, 1)) and index != ((slice(None), 2), -1)[axis]:
+            with pytest.raises(UnsupportedError, match="by a slice"):
+                sliced[index]
+            continue
+        part = sliced[index]
+        if part.numel():
+            assert part.dequantize().tolist() == wanted.tolist(), index
+        assert tuple(part.shape) == wanted.shape
+
+
+@pytest.mark.parametrize("name", ["coo", "csr", "nested"])
 def test_what_is_not_says_what_can_be(name: str) -> None:
     sliced = zipslicer.load(saved(tree())).get_slice(name)
     with pytest.raises(TypeError, match=r"not sliced.*part\(name\)"):
@@ -387,6 +416,7 @@ MALFORMED: dict[str, Callable[[], Any]] = {
     "quantized by negative offset": lambda: quantized(offset=-1),
     "quantized of other dimensions": lambda: quantized(stride=sizes(1, 1)),
     "quantized of packed elements": lambda: quantized(cls="QUInt4x2", size=sizes(5)),
+    "a view of packed elements": lambda: quantized(cls="QUInt4x2", size=sizes(2), offset=3),
     "quantized floats": lambda: quantized(cls="Char"),
     "quantized with grad": lambda: quantized(grad=yes),
     "quantized by text": lambda: quantized(params=sequence(named("torch", "per_tensor_affine"), number(1), number(0))),

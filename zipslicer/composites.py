@@ -71,6 +71,9 @@ class Composite(NamedTuple):
     members: Mapping[str, Member]
     arguments: Mapping[str, int]  # positions of everything else
     location: str | None = None  # where it is not that of its members
+    storage_offset: int = 0  # of a quantized tensor
+    axis: int | None = None  # of the channels that have scales of their own
+    channels: Sequence[int] | None = None  # of them, those that a slice has left; None for all
 
 
 def find(program: Program, node: int) -> dict[str, int] | None:
@@ -169,15 +172,15 @@ def _quantized(table: Table, found: dict[str, int]) -> Composite:
         raise TableError(f"a tensor has {len(sizes)} sizes and {len(strides)} strides")
     _total(sizes)
     end = offset + hull(geometry)
-    holds = table.storage_nbytes(storage) // DTYPES[dtype].itemsize * PACKED.get(name, 1)
+    nbytes = table.storage_nbytes(storage)
+    holds = nbytes // DTYPES[dtype].itemsize * PACKED.get(name, 1)
     if end > holds and hull(geometry):
         raise TableError(f"a quantized tensor reaches to element {end} of a storage that has {holds}")
-    if name in PACKED:
-        if offset or not is_contiguous(sizes, strides):
-            raise UnsupportedError(f"a {name} tensor that is a view of another one")
-        geometry = Geometry(0, (-(-hull(geometry) // PACKED[name]),), (1,))
+    if name in PACKED:  # a part of a byte is no part of a file: all of them, and the view is torch's
+        geometry = Geometry(0, (nbytes,), (1,))
     if program.kinds[found["requires_grad"]] != Kind.FALSE:
         raise TableError("a tensor of this dtype cannot require grad")
+    axis = None
     members: dict[str, Member] = {"int_repr": Dense(storage, dtype_named(INT_REPRS[name]), geometry)}
     scheme = _name(program, found["qscheme"])
     if "scale" in found:
@@ -193,7 +196,7 @@ def _quantized(table: Table, found: dict[str, int]) -> Composite:
             raise TableError(f"a quantized tensor of {len(sizes)} dimensions has its scales along dimension {axis}")
         for each in ("scales", "zero_points"):
             members.update(_per_channel(table, found[each], each, sizes[axis]))
-    return Composite(Meaning.QUANTIZED, "strided", dtype, sizes, strides, False, members, found)
+    return Composite(Meaning.QUANTIZED, "strided", dtype, sizes, strides, False, members, found, None, offset, axis)
 
 
 def _per_channel(table: Table, position: int, name: str, count: int) -> dict[str, Member]:
@@ -384,7 +387,7 @@ def _total(sizes: Sequence[int]) -> None:
 def is_sliceable(composite: Composite) -> bool:
     """Whether its elements are those of one dense tensor, each by itself."""
     if composite.meaning == Meaning.QUANTIZED:
-        return "scale" in composite.arguments and DTYPES[composite.dtype].name not in PACKED
+        return DTYPES[composite.dtype].name not in PACKED
     return composite.layout == "strided"
 
 
@@ -417,7 +420,7 @@ def compose(torch: Any, composite: Composite, member: Callable[[Member], Any], a
     return _of_array(torch, wanted["array"], composite.sizes).to(dtype)
 
 
-_WANTED = ("coalesced", "scale", "zero_point", "scales", "zero_points", "axis", "array")
+_WANTED = ("coalesced", "scale", "zero_point", "scales", "zero_points", "array")
 
 
 def _make_sparse(torch: Any, composite: Composite, parts: dict[str, Any], wanted: dict[str, Any]) -> Any:
@@ -446,14 +449,28 @@ def _make_quantized(torch: Any, composite: Composite, parts: dict[str, Any], wan
         made = torch._empty_affine_quantized((0,), scale=wanted["scale"], zero_point=wanted["zero_point"], **terms)
     else:
         given = {name: parts[name] if name in parts else wanted[name] for name in ("scales", "zero_points")}
-        is_float = _is_float(given["zero_points"])
+        is_float, count = _is_float(given["zero_points"]), len(given["scales"])
         for name, kind in (("scales", torch.float64), ("zero_points", torch.int64)):
             if isinstance(given[name], list):
                 given[name] = torch.tensor(given[name], dtype=torch.float32 if is_float else kind, device=ints.device)
-        made = torch._empty_per_channel_affine_quantized(
-            (0,) * len(composite.sizes), axis=wanted["axis"], **given, **terms
-        )
-    return made.set_(ints.untyped_storage(), ints.storage_offset(), composite.sizes, composite.strides)
+            if composite.channels is not None:
+                left = torch.tensor(list(composite.channels), dtype=torch.int64, device=ints.device)
+                given[name] = given[name][left]
+        if composite.axis is None and is_float:
+            raise UnsupportedError(
+                "one channel, whose zero_point is no integer, by an index; take it by a slice, [i : i + 1]"
+            )
+        if composite.axis is None or (len(given["scales"]) == 1 < count and not is_float):
+            # One channel is left, which has one scale for all; so torch has it too.
+            scale, zero_point = given["scales"].item(), int(given["zero_points"].item())
+            made = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, **terms)
+        else:
+            made = torch._empty_per_channel_affine_quantized(
+                (0,) * len(composite.sizes), axis=composite.axis, **given, **terms
+            )
+    is_packed = DTYPES[composite.dtype].name in PACKED
+    offset = composite.storage_offset if is_packed else ints.storage_offset()
+    return made.set_(ints.untyped_storage(), offset, composite.sizes, composite.strides)
 
 
 def _is_float(zero_points: Any) -> bool:

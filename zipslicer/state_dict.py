@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
-from .composites import Member
+from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
 from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
@@ -994,10 +994,10 @@ def _flat(patterns: Sequence[Patterns]) -> Iterator[Any]:
 
 def _info_of(tensor: Any) -> TensorInfo:
     """The facts of a tensor that the user has put in."""
-    strided = str(tensor.layout) == "torch.strided"
+    strided = str(tensor.layout) == "torch.strided" and not tensor.is_nested
     return TensorInfo(
         dtype_name=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
+        shape=_ragged(tensor) if tensor.is_nested else tuple(tensor.shape),
         strides=tuple(tensor.stride()) if strided else (),
         storage_offset=tensor.storage_offset() if strided else 0,
         numel=tensor.numel(),
@@ -1012,7 +1012,13 @@ def _info_of(tensor: Any) -> TensorInfo:
         is_conj=tensor.is_conj(),
         is_neg=tensor.is_neg(),
         class_name=None,
+        layout=NESTED if tensor.is_nested else str(tensor.layout).removeprefix("torch."),
     )
+
+
+def _ragged(tensor: Any) -> tuple[int, ...]:
+    """The shape of a nested tensor, whose first size is the one that all components have."""
+    return (tensor.size(0), *(RAGGED,) * (tensor.dim() - 1))
 
 
 def _code(dtype_name: str) -> str:

@@ -83,7 +83,8 @@ class TensorInfo:
         storage_nbytes: bytes of the whole storage.
         layout: "strided", "sparse_coo" and so on as torch has it, or "nested". Size -1 is that of a ragged dimension.
         parts: of a sparse, quantized or nested tensor, the facts of the dense tensors that it consists of, by name.
-            nbytes and storage_nbytes are then the sums of theirs, and storage_key is "".
+            nbytes is then the sum of theirs; storage_key and storage_nbytes are those of a quantized tensor's int_repr,
+            and of the others "" and a sum.
         location: the device it was saved from, "cuda:0"; it is read to the CPU unless map_location says otherwise.
         requires_grad, is_parameter, is_contiguous, is_conj, is_neg: as torch has them.
         class_name: "module.name" of the tensor's own class, or None.
@@ -346,14 +347,16 @@ class TensorTable:
             main = None
         count = parts["values"].numel if composite.layout == NESTED else numel(sizes)
         nbytes = sum(part.nbytes for part in parts.values()) if parts else count * dtype.itemsize
-        if parts:
+        if main is not None:
+            storage_nbytes = main.storage_nbytes
+        elif parts:
             storage_nbytes = sum(part.storage_nbytes for part in parts.values())
         else:
-            storage_nbytes = hull(Geometry(0, sizes, strides)) * dtype.itemsize if main is None else main.storage_nbytes
+            storage_nbytes = hull(Geometry(0, sizes, strides)) * dtype.itemsize
         location = next((part.location for part in parts.values()), "cpu")
         return TensorInfo(
             dtype_name=dtype.name, shape=sizes, strides=strides, numel=count, nbytes=nbytes, itemsize=dtype.itemsize,
-            storage_offset=0 if main is None else main.storage_offset,
+            storage_offset=composite.storage_offset if main is None or "int_repr" in parts else main.storage_offset,
             storage_key="" if main is None else main.storage_key, storage_nbytes=storage_nbytes,
             location=location if composite.location is None else composite.location,
             requires_grad=leaf.requires_grad if leaf.parameter else composite.requires_grad,

@@ -296,7 +296,7 @@ class TensorReader:
                 f"a {about.layout} {self.dtypes[about.dtype]} tensor of several parts is not sliced: read it whole, or "
                 f"slice a part of it, get_slice(key).part(name), with name one of {parts}"
             )
-        (each,) = about.members.values() or (None,)
+        each = next(iter(about.members.values()), None)
         with self.torch.inference_mode(False), self.torch.no_grad():
             if each is None:
                 assert leaf.composite is not None
@@ -306,7 +306,13 @@ class TensorReader:
             else:
                 part = self.slice_member(each, wanted)
                 cut = about._replace(sizes=tuple(part.size()), strides=part.stride())
-                made = self._placed(compose(self.torch, cut, lambda _: part, self._argument), about)
+                if about.axis is not None:
+                    cut = cut._replace(**_channels(about.sizes, about.axis, wanted))
+
+                def member(other: Member) -> Any:
+                    return part if other is each else self._member(other)
+
+                made = self._placed(compose(self.torch, cut, member, self._argument), about)
             grad = leaf.requires_grad if leaf.parameter else about.requires_grad
             return made.detach().requires_grad_() if grad else made.detach()
 
@@ -511,6 +517,17 @@ def special_value(torch: Any, meaning: int, name: str, args: Sequence[Any], stat
             made.__dict__.update(args[0].__dict__)
             return _with_attributes(torch, made, args[3] if stateful else None)
     return NOT_PLAIN
+
+
+def _channels(sizes: tuple[int, ...], axis: int, wanted: Any) -> dict[str, Any]:
+    """The fields of a Composite that say which channels a basic index leaves, and along which dimension."""
+    cut, flips = index(Geometry(0, sizes, tuple(int(dim == axis) for dim in range(len(sizes)))), wanted)
+    kept = [dim for dim, stride in enumerate(cut.strides) if stride]
+    if not kept:
+        return {"axis": None, "channels": [cut.storage_offset]}
+    (dim,) = kept
+    channels = range(cut.storage_offset, cut.storage_offset + cut.sizes[dim] * cut.strides[dim], cut.strides[dim])
+    return {"axis": dim, "channels": channels[::-1] if dim in flips else channels}
 
 
 def _check_grad(made: Any, wanted: bool) -> None:
