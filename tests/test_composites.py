@@ -485,3 +485,73 @@ def test_what_torch_does_not_write_is_inert(name: str) -> None:
     assert isinstance(sd.materialize()["t"], zipslicer.Placeholder)
     assert sd.get_meta("t") is None
     assert sd["w"].tolist() == [0.0]
+
+
+# --- odd places -------------------------------------------------------------------------------------------------------
+
+
+def meta_call(p: Pickle) -> object:
+    return p.call("torch._utils", "_rebuild_meta_tensor_no_storage", named("torch", "float32"), ONE, ONE, no)
+
+
+def from_type(function: Write, cls: Write, args: Write, state: Write) -> Write:
+    return lambda p: p.call("torch._tensor", "_rebuild_from_type_v2", function, cls, args, state)
+
+
+META = named("torch._utils", "_rebuild_meta_tensor_no_storage")
+
+
+def test_a_composite_of_a_foreign_class_is_the_tensor_it_is_based_on() -> None:
+    args = sequence(named("torch", "float32"), ONE, ONE, no)
+    write = from_type(META, named("pkg", "Sub"), args, lambda p: p.dict({"note": number(7)}))
+    checkpoint = zipslicer.open(makers.checkpoint(Pickle().dict({"a": write}).stop()).data)
+    info = checkpoint.tensors.get_meta("a")
+    assert info is not None
+    assert (info.class_name, info.location) == ("pkg.Sub", "meta")
+    for made in (checkpoint.tensors["a"], checkpoint.root.materialize()["a"]):
+        assert (type(made), made.note, made.is_meta) == (torch.Tensor, 7, True)
+    assert checkpoint.placeholders == {}
+
+
+def test_a_state_may_lead_back_to_what_holds_the_tensor() -> None:
+    args = sequence(named("torch", "float32"), ONE, ONE, no)
+    for function in (META, named("pkg", "rebuild")):
+        program = Pickle().raw(b"}").put(1).text("a")
+        from_type(function, named("pkg", "Sub"), args, lambda p: p.raw(b"}").text("all").get(1).raw(b"s"))(program)
+        made = zipslicer.load(makers.checkpoint(program.raw(b"s").stop()).data)
+        tree = made.materialize() if isinstance(made, zipslicer.LazyStateDict) else made
+        assert set(tree) == {"a"}
+
+
+@pytest.mark.parametrize("function", [META, named("pkg", "rebuild")])
+def test_arguments_that_are_no_tuple_leave_the_call_as_it_is(function: Write) -> None:
+    write = from_type(function, named("pkg", "Sub"), number(3), lambda p: p.dict({"w": floats(1, "w")}))
+    checkpoint = zipslicer.open(makers.checkpoint(Pickle().dict({"a": write}).stop(), {"w": bytes(4)}).data)
+    assert zipslicer.describe(checkpoint.root["a"]).name == "_rebuild_from_type_v2"
+    assert "placeholder" in repr(checkpoint.root["a"])
+    assert list(checkpoint.tensors) == ["a.args.3.w"]
+    assert list(checkpoint.placeholders) == ["a"]
+
+
+def test_a_set_of_objects_that_hold_tensors() -> None:
+    program = Pickle(4).raw(b"(").name("pkg", "Node").raw(b")\x81")
+    floats(1, "w")(program.raw(b"}").text("w"))
+    data = makers.checkpoint(program.raw(b"sb\x91").stop(), {"w": bytes(4)}).data
+    (node,) = zipslicer.load(data)
+    assert node.w.tolist() == [0.0]
+    (tensor,) = zipslicer.load(makers.checkpoint(meta_call_in_a_set()).data)
+    assert tensor.is_meta
+
+
+def meta_call_in_a_set() -> bytes:
+    program = Pickle(4).raw(b"(")
+    meta_call(program)
+    return program.raw(b"\x91").stop()
+
+
+def test_facts_of_tensors_that_were_put_in() -> None:
+    sd = zipslicer.load(saved({"w": torch.ones(1)}))
+    sd["nested"], sd["csr"] = tree()["nested"], tree()["csr"]
+    assert (sd.get_meta("nested").layout, sd.get_meta("nested").shape) == ("nested", (2, -1))
+    assert (sd.get_meta("csr").layout, sd.get_meta("csr").shape) == ("sparse_csr", (4, 4))
+    assert "csr" in repr(sd)

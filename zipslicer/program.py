@@ -134,7 +134,9 @@ class Program:
         if self.kind(node) != Kind.CALL or self.global_meaning(start) != Meaning.TYPED or end - start != PARTS:
             return None
         first, _ = self.span(self.payloads[start + ARGS])
-        if self.kinds[first + 1] != Kind.GLOBAL or self.kinds[start + STATE] != Kind.ABSENT:
+        if self.kinds[first + 1] != Kind.GLOBAL or self.kinds[first + 2] != Kind.TUPLE:
+            return None
+        if self.kinds[start + STATE] != Kind.ABSENT:
             return None
         return None if self.global_meaning(first) in COMPOSITES else (first + 2, first + 3)
 
@@ -170,7 +172,7 @@ class Program:
             if any(meaning in COMPOSITES for meaning in self._meanings):
                 # Some of them have no dense part: a meta tensor, or one that was saved as a NumPy array.
                 for node in range(self.node_count):
-                    if not found[node] and self.meaning(node) in COMPOSITES:
+                    if not found[node] and self.meaning(node) in (*COMPOSITES, Meaning.TYPED):
                         found[node] = 1
                         todo.append(node)
             while todo:
@@ -483,9 +485,9 @@ class Builder:
         rebuilt = self.program.rebuilt(node)
         if rebuilt is not None:
             _, _, args, about.state = values[ARGS]
-            if type(args) is tuple and len(args) == 1 and isinstance(args[0], dict):
+            if len(args) == 1 and isinstance(args[0], dict):
                 about.kwargs = dict(args[0])
-            elif type(args) is tuple:
+            else:
                 about.args = args
             about.attributes = {**about.kwargs, **attributes_of(about.state)}
             return

@@ -109,6 +109,8 @@ class View:
             return LazyStateDict._of(self, position)
         if program.kind(node) in (Kind.LIST, Kind.TUPLE):
             return LazySequence(self, position)
+        if program.kind(node) not in (Kind.CALL, Kind.OBJECT):  # a set, of objects that hold tensors
+            return self.reader.builder([position]).build(position)
         return Placeholder(FileDescription(self, node))
 
     def _plain(self, position: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .archive import STORED, Archive
 from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
@@ -185,6 +185,7 @@ class TensorTable:
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
         self._records: list[int] | None = None
         self._composites: dict[int, Composite] = {}
+        self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
         self.direct = array("q", [-1]) * program.storage_count
 
@@ -271,12 +272,16 @@ class TensorTable:
 
     def _composite(self, node: int, meaning: int) -> Leaf | None:
         """A call of composites.py, by itself or with a class and attributes; what it says is checked by whoever asks."""
-        if find(self.program, node) is None:
-            return None
-        if meaning != Meaning.TYPED:
-            return Leaf(-1, False, False, None, None, node)
-        start, _ = self.program.span(self.program.payloads[self.program.span(node)[0] + ARGS])
-        return Leaf(-1, False, False, start + 3, self._class_name(start + 1), node)
+        found = self._leaves.get(node, MISSING)
+        if found is MISSING:
+            found = None
+            if find(self.program, node) is not None:
+                found = Leaf(-1, False, False, None, None, node)
+                if meaning == Meaning.TYPED:
+                    start, _ = self.program.span(self.program.payloads[self.program.span(node)[0] + ARGS])
+                    found = found._replace(attributes=start + 3, cls=self._class_name(start + 1))
+            self._leaves[node] = found
+        return cast("Leaf | None", found)
 
     def composite(self, node: int) -> Composite:
         """What such a call says. Raises: TableError, UnsupportedError."""
