@@ -20,6 +20,7 @@ import pathlib
 import struct
 import sys
 import types
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,16 +31,9 @@ import torch
 from makers import Pickle, Zip
 
 from zipslicer.errors import ArchiveError, ProgramError, TableError, UnsupportedError, ZipSlicerError
+from zipslicer.table import dotted
 
 LATER: Mapping[str, str] = {
-    "25": "sparse tensors",
-    "26": "quantized tensors",
-    "27": "nested tensors",
-    "28": "meta tensors",
-    "33": "whole modules",
-    "34": "tensor subclasses",
-    "35": "tensors of devices without storages",
-    "36a": "big-endian storages",
     "37": "the stream and tar formats before ZIP",
     "38": "TorchScript, torch.export and torch.package archives",
 }
@@ -56,7 +50,7 @@ class Loads:
         file: its bytes, or its path where the case wrote it itself.
         tree: the root that must come out, with `Inert` for what must stay a placeholder.
         keywords: for zipslicer.open.
-        location: what every storage must be tagged with.
+        location: what every storage must be tagged with; `locations`: by name, where it is another.
         huge: keys too large to read; `sampled` says which bytes must lie where.
     """
 
@@ -64,6 +58,7 @@ class Loads:
     tree: Any
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     location: str = "cpu"
+    locations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     huge: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -84,6 +79,7 @@ class Inert:
     state: Any = None
     list_items: tuple[Any, ...] = ()
     items: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+    kwargs: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     called: bool = True
     new: bool = False
 
@@ -217,10 +213,57 @@ REFUSALS: Mapping[str, Refusal] = {
 # --- what a tensor is, and what an object holds -----------------------------------------------------------------------
 
 
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The dense tensors that a sparse, quantized or nested tensor consists of; none for a dense one."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return {"indices": tensor._indices(), "values": tensor._values()}
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return {"compressed": tensor.crow_indices(), "plain": tensor.col_indices(), "values": tensor.values()}
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return {"compressed": tensor.ccol_indices(), "plain": tensor.row_indices(), "values": tensor.values()}
+    if tensor.is_nested:
+        return {
+            "values": tensor.values(),
+            "sizes": tensor._nested_tensor_size(),
+            "strides": tensor._nested_tensor_strides(),
+            "offsets": tensor._nested_tensor_storage_offsets(),
+        }
+    if not tensor.is_quantized:
+        return {}
+    parts = {"int_repr": tensor.int_repr()}  # a copy
+    if tensor.qscheme() != torch.per_tensor_affine:
+        parts["scales"] = tensor.q_per_channel_scales()
+        parts["zero_points"] = tensor.q_per_channel_zero_points()
+    return parts
+
+
+def whole_facts(tensor: torch.Tensor) -> dict[str, Any]:
+    """What such a tensor says of itself, beside its parts."""
+    facts: dict[str, Any] = {
+        "type": type(tensor),
+        "dtype": tensor.dtype,
+        "layout": tensor.layout,
+        "requires_grad": tensor.requires_grad,
+    }
+    if not tensor.is_nested:
+        facts["shape"] = tuple(tensor.shape)
+    if tensor.layout == torch.sparse_coo:
+        facts["coalesced"] = tensor.is_coalesced()
+    if tensor.is_quantized:
+        facts["qscheme"] = tensor.qscheme()
+        facts["strides"] = tensor.stride()
+        if tensor.qscheme() == torch.per_tensor_affine:
+            facts["quantizer"] = tensor.q_scale(), tensor.q_zero_point()
+        else:
+            facts["axis"] = tensor.q_per_channel_axis()
+    return facts
+
+
 def logical_bytes(tensor: torch.Tensor) -> bytes:
     """The elements in order, contiguous, conjugated and negated as the tensor says; for dtypes without kernels too."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    if not tensor.numel():
+    if not tensor.numel() or tensor.is_meta:
         return b""
     itemsize = tensor.element_size()
     storage = tensor.untyped_storage()
@@ -267,9 +310,15 @@ def tensors_in(tree: object) -> dict[Steps, Any]:
         elif isinstance(value, Inert):
             if value.new:
                 yield from ((("index", index), child) for index, child in enumerate(value.args))
+            elif (
+                value.qualified == "torch._utils._rebuild_parameter"
+            ):  # of what is no tensor here: its parts are its own
+                yield ("part", ()), value.args[0]
             else:
                 yield ("part", "args"), value.args
-            if isinstance(value.state, dict):
+            if value.kwargs:  # what the state has again is listed once
+                yield from ((("attribute", name), child) for name, child in value.kwargs.items())
+            elif isinstance(value.state, dict):
                 yield from ((("attribute", name), child) for name, child in value.state.items())
             elif is_slots(value.state):
                 yield from ((("attribute", name), child) for name, child in value.state[1].items())
@@ -359,6 +408,9 @@ class _Comparison:
         self.attributes(path, a, b)
 
     def tensor(self, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        if parts_of(a):
+            self.composite(path, a, b)
+            return
         wanted, got = facts_of(a), facts_of(b)
         if wanted != got:
             self.note(
@@ -371,13 +423,26 @@ class _Comparison:
         if a.numel() < 1 << 30 and logical_bytes(a) != logical_bytes(b):
             self.note(path, "other elements")
         one, other = a.untyped_storage(), b.untyped_storage()
-        if one.nbytes():  # an empty storage has no bytes to share
+        if one.nbytes() and not a.is_meta:  # an empty storage has no bytes to share
             self.keep += (one, other)
             known = one.data_ptr() in self.storages
             if self.storages.setdefault(one.data_ptr(), other.data_ptr()) != other.data_ptr():
                 self.note(path, "does not share its storage with the tensors it was saved with")
             if not known and list(self.storages.values()).count(other.data_ptr()) > 1:
                 self.note(path, "shares its storage with a tensor of another one")
+        self.attributes(path, a, b)
+
+    def composite(self, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        if whole_facts(a) != whole_facts(b) or not b.is_leaf:
+            self.note(path, f"is {whole_facts(b)}, not {whole_facts(a)}, or is no leaf")
+            return
+        if a.is_quantized and a.untyped_storage().nbytes() != b.untyped_storage().nbytes():
+            self.note(path, "a storage of another size")
+        for name, (one, other) in zip_parts(a, b).items():
+            if name != "int_repr":
+                self.tensor(f"{path}#{name}", one, other)
+            elif logical_bytes(one) != logical_bytes(other):
+                self.note(path, "other elements")
         self.attributes(path, a, b)
 
     def attributes(self, path: str, a: Any, b: Any) -> None:
@@ -395,9 +460,16 @@ class _Comparison:
             self.note(path, f"a placeholder of {about.qualified}, called: {about.called}; not of {a.qualified}")
             return
         self.walk(f"{path}.args", a.args, tuple(about.args))
+        self.walk(f"{path}.kwargs", dict(a.kwargs), dict(about.kwargs))
         self.walk(f"{path}.list_items", list(a.list_items), list(about.list_items))
         self.walk(f"{path}.items", dict(a.items), dict(about.items))
         self.walk(f"{path}.state", a.state, about.state)
+
+
+def zip_parts(a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    one, other = parts_of(a), parts_of(b)
+    assert list(one) == list(other)
+    return {name: (one[name], other[name]) for name in one}
 
 
 def facts_of(tensor: torch.Tensor) -> dict[str, Any]:
@@ -964,9 +1036,11 @@ class _Foreign:
 
 
 @contextlib.contextmanager
-def foreign_module() -> Iterator[None]:
-    """While it lasts, the classes above are importable from TRAP, so that pickle writes that name."""
+def foreign_module(*more: type) -> Iterator[None]:
+    """While it lasts, the classes above, and these, are importable from TRAP, so that pickle writes that name."""
     module = types.ModuleType(TRAP)
+    for cls in more:
+        setattr(module, cls.__qualname__, cls)
     for name in _Foreign.names:
         thing = getattr(_Foreign, name)
         thing.__module__, thing.__qualname__ = TRAP, name
@@ -1021,6 +1095,318 @@ def foreign_objects(folder: Path) -> Outcome:
         "exception": Inert("exceptions.ValueError", ("x",)),  # as Python 2 called the module, and protocol 2 still does
     }
     return Loads(file, expected)
+
+
+# --- cases 25 to 28, 35: tensors that are not one dense row -----------------------------------------------------------
+
+
+def sparse_matrices() -> dict[str, torch.Tensor]:
+    dense = torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3], [4, 0, 0, 0], [0, 5, 0, 6]])
+    return {
+        "coo": dense.to_sparse(),
+        "csr": dense.to_sparse_csr(),
+        "csc": dense.to_sparse_csc(),
+        "bsr": dense.to_sparse_bsr((2, 2)),
+        "bsc": dense.to_sparse_bsc((2, 2)),
+    }
+
+
+@case("25")
+def sparse_tensors(folder: Path) -> Outcome:
+    coo = functools.partial(torch.sparse_coo_tensor, check_invariants=True)
+    twice = torch.tensor([[0, 0]])
+    noted = sparse_matrices()["coo"]
+    noted.note = "x"  # type: ignore[attr-defined]
+    values = count(3)
+    tree = {
+        **sparse_matrices(),
+        "uncoalesced": coo(twice, count(2, first=1), (3,)),
+        "hybrid": coo(twice, torch.ones(2, 5), (3, 5)),
+        "empty": coo(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0), (1 << 62,)),
+        "values": values,
+        "shares": coo(torch.tensor([[2, 1, 0]]), values, (3,)),
+        "int32": torch.sparse_csr_tensor(
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([1], dtype=torch.int32),
+            count(1),
+            (1, 2),
+            check_invariants=True,
+        ),
+        "parameter": torch.nn.Parameter(sparse_matrices()["coo"]),
+        "noted": noted,
+        "list": [sparse_matrices()["csr"]],
+    }
+    return Loads(saved(tree), tree)
+
+
+def quantized(x: torch.Tensor, *terms: Any) -> torch.Tensor:
+    """torch.quantize_per_tensor or _per_channel, without its word that they will be gone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return (torch.quantize_per_tensor if len(terms) == 3 else torch.quantize_per_channel)(x, *terms)
+
+
+@case("26")
+def quantized_tensors(folder: Path) -> Outcome:
+    x = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    scales, zeros = torch.tensor([0.1, 0.2]), torch.tensor([1, 2])
+    i8 = quantized(x, 0.1, 3, torch.qint8)
+    noted = quantized(x, 0.1, 3, torch.qint8)
+    noted.note = 1  # type: ignore[attr-defined]
+    tree = {
+        "i8": i8,
+        "view": i8[1:],
+        "transposed": i8.t(),
+        "u8": quantized(x, 0.5, 3, torch.quint8),
+        "i32": quantized(x, 0.1, 0, torch.qint32),
+        "scalar": quantized(torch.tensor(1.0), 0.1, 0, torch.qint8),
+        "channels": quantized(x, scales.double(), zeros, 0, torch.qint8),
+        "float": quantized(x, scales, zeros.float(), 1, torch.quint8),
+        "packed": quantized(torch.rand(2, 6), scales, zeros.float(), 0, torch.quint4x2),
+        "frozen": torch.nn.Parameter(i8, requires_grad=False),
+        "noted": noted,
+    }
+    return Loads(saved(tree), tree)
+
+
+@case("27a")
+def nested_tensors(folder: Path) -> Outcome:
+    tree = {
+        "ragged": torch.nested.nested_tensor([count(2), count(3)]),
+        "two": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).transpose(1, 2),
+        "scalars": torch.nested.nested_tensor([torch.tensor(1.0), torch.tensor(2.0)]),
+        "parameter": torch.nn.Parameter(torch.nested.nested_tensor([count(2), count(3)])),
+    }
+    return Loads(saved(tree), tree)
+
+
+NJT = "torch.nested._internal.nested_tensor"
+
+
+def _typed_call(
+    p: Pickle,
+    function: tuple[str, str],
+    cls: tuple[str, str],
+    args: Callable[[Pickle], object],
+    state: Callable[[Pickle], object],
+) -> Pickle:
+    """_rebuild_from_type_v2(function, class, args, state)."""
+    return p.call(
+        "torch._tensor", "_rebuild_from_type_v2", lambda p: p.name(*function), lambda p: p.name(*cls), args, state
+    )
+
+
+@case("27b")
+def jagged_tensors(folder: Path) -> Outcome:
+    """As torch writes them: the parts stand in the arguments, and again in the state."""
+    values, offsets = count(5), torch.tensor([0, 2, 5])
+
+    def arguments(p: Pickle) -> object:
+        p.raw(b"}(").text("values").tensor("FloatStorage", "0", 5, size=(5,), stride=(1,)).put(0)
+        p.text("offsets").tensor("LongStorage", "1", 3, size=(3,), stride=(1,)).put(1)
+        return p.text("lengths").none().raw(b"u\x85")
+
+    def state(p: Pickle) -> object:
+        return p.raw(b"}(").text("_values").get(0).text("_offsets").get(1).text("_ragged_idx").integer(1).raw(b"u")
+
+    program = Pickle().raw(b"}").text("n")
+    _typed_call(program, (NJT, "_rebuild_njt"), (NJT, "NestedTensor"), arguments, state)
+    storages = {"0": values.numpy().tobytes(), "1": offsets.numpy().tobytes()}
+    expected = Inert(
+        f"{NJT}.NestedTensor",
+        kwargs={"values": values, "offsets": offsets, "lengths": None},
+        state={"_values": values, "_offsets": offsets, "_ragged_idx": 1},
+    )
+    assert [dotted(steps) for steps in tensors_in({"n": expected})] == ["n.values", "n.offsets"]
+    return Loads(makers.checkpoint(program.raw(b"s").stop(), storages).data, {"n": expected})
+
+
+@case("28")
+def meta_tensors(folder: Path) -> Outcome:
+    tree = {
+        "m": torch.empty(4, 5, dtype=torch.bfloat16, device="meta"),
+        "huge": torch.empty(1 << 40, 1 << 20, device="meta").t(),
+        "grad": torch.nn.Parameter(torch.empty(2, device="meta")),
+        "inner": {"only": torch.empty(0, 3, device="meta", dtype=torch.int8)},
+        "r": count(2),
+    }
+    locations = {"m": "meta", "huge": "meta", "grad": "meta", "inner.only": "meta"}
+    return Loads(saved(tree), tree, locations=locations)
+
+
+class _Rebuilt:
+    """Pickled as a call of a function of torch's."""
+
+    def __init__(self, function: str, *args: object) -> None:
+        self._call = getattr(torch._utils, function), args
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+@case("35")
+def tensors_of_devices_without_storages(folder: Path) -> Outcome:
+    a, b = count(3), count(4).reshape(2, 2)
+    from_cpu, from_numpy = "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy"
+    tree = {
+        "a": _Rebuilt(from_cpu, a, torch.float32, "xla:0", False),
+        "again": a,
+        "half": _Rebuilt(from_cpu, b, torch.float16, "mtia:0", True),
+        "b": _Rebuilt(from_numpy, b.numpy(), torch.float32, "xla:1", True),
+        "fortran": _Rebuilt(from_numpy, b.t().numpy(), torch.bfloat16, "xla:1", False),
+        "big": _Rebuilt(from_numpy, b.numpy().astype(">f4"), torch.float32, "xla:1", False),
+    }
+
+    def age(name: str, data: bytes) -> bytes:
+        """As an older torch called it."""
+        return data.replace(from_numpy.encode(), b"_rebuild_xla_tensor") if name.endswith("/data.pkl") else data
+
+    expected = {
+        "a": a,
+        "again": a.view(-1),
+        "half": b.half().requires_grad_(),
+        "b": b.clone().requires_grad_(),
+        "fortran": b.t().to(torch.bfloat16),
+        "big": b.clone(),
+    }
+    locations = {"a": "xla:0", "half": "mtia:0", "b": "xla:1", "fortran": "xla:1", "big": "xla:1"}
+    return Loads(makers.edited(saved(tree), age).data, expected, locations=locations)
+
+
+# --- cases 33 and 34: classes of modules and tensors ------------------------------------------------------------------
+
+
+def inert_module(module: torch.nn.Module) -> Inert:
+    """A pickled module: its class, and its __dict__ as state."""
+    state = dict(vars(module))
+    state["_modules"] = {name: inert_module(child) for name, child in module._modules.items() if child is not None}
+    cls = type(module)
+    return Inert(f"{cls.__module__}.{cls.__qualname__}", state=state, new=True)
+
+
+@case("33")
+def whole_module(folder: Path) -> Outcome:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+    model[0].weight.tied = True  # type: ignore[union-attr]
+    model.register_buffer("scratch", count(2), persistent=False)
+    expected = {"model": inert_module(model)}
+    names = {f"model.{name}" for name in (*model.state_dict(), "scratch")}
+    assert {dotted(steps) for steps in tensors_in(expected)} == names
+    return Loads(saved({"model": model}), expected)
+
+
+@case("34a")
+def plain_subclass(folder: Path) -> Outcome:
+    class Plain(torch.Tensor):
+        pass
+
+    Plain.__module__, Plain.__qualname__ = TRAP, "Plain"
+    dense = count(3).as_subclass(Plain)
+    dense.extra = "x"  # type: ignore[attr-defined]
+    with foreign_module(Plain):
+        file = saved({"dense": dense})
+    base = dense.as_subclass(torch.Tensor)
+    base.extra = "x"  # type: ignore[attr-defined]
+    return Loads(file, {"dense": base})
+
+
+def _wrapper_arguments(cls: tuple[str, str]) -> tuple[Callable[[Pickle], object], tuple[Any, ...]]:
+    """(class, dtype, size, stride, storage_offset, layout, device, requires_grad): as written, and as read."""
+
+    def write(p: Pickle) -> object:
+        p.mark().name(*cls).name("torch", "float32").integers([2, 2]).integers([2, 1]).integer(0)
+        p.call("torch.serialization", "_get_layout", lambda p: p.text("torch.strided"))
+        return p.call("torch", "device", lambda p: p.text("cpu")).boolean(False).raw(b"t")
+
+    inert = Inert(".".join(cls), called=False)
+    return write, (inert, torch.float32, (2, 2), (2, 1), 0, torch.strided, torch.device("cpu"), False)
+
+
+@case("34b")
+def wrapper_subclass(folder: Path) -> Outcome:
+    """As torchao has them; also in a Parameter."""
+    cls, inner = (TRAP, "Quantized"), count(4, torch.int8)
+    write, args = _wrapper_arguments(cls)
+
+    def tensor(p: Pickle) -> object:
+        items: dict[str, Callable[[Pickle], object]] = {
+            "int_data": lambda p: p.tensor("CharStorage", "0", 4, size=(4,), stride=(1,)),
+            "block_size": lambda p: p.integers([1, 2]),
+        }
+        return _typed_call(p, ("torch._utils", "_rebuild_wrapper_subclass"), cls, write, lambda p: p.dict(items))
+
+    def parameter(p: Pickle) -> object:
+        return p.call("torch._utils", "_rebuild_parameter", tensor, lambda p: p.boolean(False), Pickle.ordered_dict)
+
+    data = makers.checkpoint(Pickle().dict({"w": tensor, "p": parameter}).stop(), {"0": inner.numpy().tobytes()}).data
+
+    def expected() -> Inert:
+        return Inert(".".join(cls), args, state={"int_data": inner.view(-1), "block_size": (1, 2)})
+
+    in_parameter = Inert("torch._utils._rebuild_parameter", (expected(), False, collections.OrderedDict()))
+    return Loads(data, {"w": expected(), "p": in_parameter})
+
+
+@case("34c")
+def dtensor_of_one_rank(folder: Path) -> Outcome:
+    cls, local = ("torch.distributed.tensor", "DTensor"), count(4).reshape(2, 2)
+    write, args = _wrapper_arguments(cls)
+    spec = ("torch.distributed.tensor._dtensor_spec", "DTensorSpec")
+
+    def state(p: Pickle) -> object:
+        p.none().raw(b"}(").text("_local_tensor").tensor("FloatStorage", "0", 4, size=(2, 2), stride=(2, 1))
+        return p.text("_spec").name(*spec).raw(b")\x81}").text("placements").raw(b")sbu\x86")
+
+    program = Pickle().raw(b"}").text("w")
+    _typed_call(program, ("torch._utils", "_rebuild_wrapper_subclass"), cls, write, state)
+    data = makers.checkpoint(program.raw(b"s").stop(), {"0": local.numpy().tobytes()}).data
+    inert_spec = Inert(".".join(spec), state={"placements": ()}, new=True)
+    expected = Inert(".".join(cls), args, state=(None, {"_local_tensor": local, "_spec": inert_spec}))
+    return Loads(data, {"w": expected})
+
+
+# --- case 36: byte order ----------------------------------------------------------------------------------------------
+
+
+@case("36a")
+def big_endian(folder: Path) -> Outcome:
+    """torch swaps by the class of the storage, which is that of bytes for the newer dtypes: it gets those wrong."""
+    c32 = pattern(6, torch.complex32)
+    tree = {
+        "f32": count(4),
+        "f64": count(3, torch.float64),
+        "i64": count(4, torch.int64),
+        "bf16": count(3, torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "c64": torch.complex(count(2), count(2, first=5)),
+        "u16": pattern(6, torch.uint16),
+        "u32": pattern(6, torch.uint32),
+        "u64": pattern(6, torch.uint64),
+        "c32": c32,
+        "bits16": pattern(3, torch.bits16),
+        "f8": pattern(6, torch.float8_e5m2),
+        "view": c32[2:],
+        "sparse": sparse_matrices()["coo"],
+        "qint32": quantized(count(4), 1.0, 7, torch.qint32),
+        "channels": quantized(
+            count(4).reshape(2, 2), count(2, torch.float64, first=1), count(2, torch.int64), 0, torch.qint8
+        ),
+        "nested": torch.nested.nested_tensor([count(2), count(3)]),
+        "typed": count(3, torch.int16)._typed_storage(),  # type: ignore[no-untyped-call]
+        "untyped": count(3).untyped_storage(),
+    }
+    units = [4, 8, 8, 2, 1, 4, 2, 4, 8, 2, 2, 1, 8, 4, 4, 1, 8, 8, 4, 8, 8, 8, 2, 1]  # of each storage, in order
+
+    def turn(name: str, data: bytes) -> bytes:
+        if name.endswith("/byteorder"):
+            return b"big"
+        key = name.rpartition("/data/")[2]
+        unit = units[int(key)] if key.isdigit() else 1
+        return b"".join(data[at : at + unit][::-1] for at in range(0, len(data), unit))
+
+    file = saved(tree)
+    assert sum("/data/" in name for name, _ in makers.records_of(file)) == len(units)
+    return Loads(makers.edited(file, turn).data, tree)
 
 
 @case("36b")

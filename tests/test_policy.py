@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
+import dataclasses
+import datetime as dt
+import decimal
+import enum
 import functools
+import io
+import pathlib
 import pickle
 import subprocess
-from typing import Any
+import uuid
+from typing import Any, NamedTuple
 
 import makers
 import pytest
@@ -125,7 +133,7 @@ def test_keyword_arguments_are_kept() -> None:
 
 def test_a_class_as_a_value() -> None:
     made = opened(Pickle().name("os", "system"))
-    assert repr(made) == "<placeholder os.system()>"
+    assert repr(made) == "<placeholder os.system>"
     assert not zipslicer.describe(made).called
 
 
@@ -168,7 +176,6 @@ def test_unknown_error_refuses_and_names_the_global() -> None:
 
 def test_unknown_error_takes_what_policy_knows() -> None:
     torch = pytest.importorskip("torch")
-    import io
 
     file = io.BytesIO()
     tree = {"w": torch.nn.Parameter(torch.zeros(2)), "s": {1, 2}, "d": torch.float16, "o": collections.OrderedDict(a=1)}
@@ -465,3 +472,163 @@ def test_what_is_met_again_is_one_object(opcode: bytes) -> None:
     size = (100_000).to_bytes(8 if opcode == b"\x96" else 4, "little")
     made = opened(Pickle(5).raw(opcode + size + b"x" * 100_000).put(0).raw(b"0](" + b"h\0" * 3 + b"e"))
     assert made[0] is made[1] is made[2]
+
+
+# --- what placeholders stand for --------------------------------------------------------------------------------------
+
+
+class Hyper(dict):  # type: ignore[type-arg]
+    """As Lightning's AttributeDict: items are attributes."""
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Shade(enum.Enum):
+    DARK = "dark"
+
+
+@dataclasses.dataclass
+class Settings:
+    lr: float = 0.1
+    _inner: Any = None
+    w: Any = None
+
+
+def again(value: Any, protocol: int = 2) -> Any:
+    """What comes out of a file that torch.save has written."""
+    torch = pytest.importorskip("torch")
+    file = io.BytesIO()
+    torch.save({"value": value}, file, pickle_protocol=protocol)
+    return zipslicer.load(file.getvalue())["value"]
+
+
+HERE = __name__
+SHOWN = {
+    "namespace": (argparse.Namespace(lr=0.1, betas=(0.9, 0.99)), "argparse.Namespace(lr=0.1, betas=(0.9, 0.99))"),
+    "dataclass": (Settings(), f"{HERE}.Settings(lr=0.1, w=None, _inner=None)"),
+    "attribute dict": (Hyper(lr=0.1), f"{HERE}.Hyper({{'lr': 0.1}})"),
+    "namedtuple": (Point(1, "a"), f"{HERE}.Point(1, 'a')"),
+    "enum": (Shade.DARK, f"{HERE}.Shade('dark')"),
+    "path": (pathlib.PurePosixPath("a/b"), f"{pathlib.PurePosixPath.__module__}.PurePosixPath('a', 'b')"),
+    "datetime": (dt.datetime(2024, 1, 2, 3, 4), "datetime.datetime(2024-01-02T03:04:00)"),
+    "date": (dt.date(2024, 1, 2), "datetime.date(2024-01-02)"),
+    "time": (dt.time(1, 2), "datetime.time(01:02:00)"),
+    "timedelta": (dt.timedelta(1, 2, 3), "datetime.timedelta(1, 2, 3)"),
+    "decimal": (decimal.Decimal("1.50"), "decimal.Decimal('1.50')"),
+    "uuid": (uuid.UUID(int=1 << 127), f"uuid.UUID(int={1 << 127})"),
+    "deque": (collections.deque([1, 2], 3), "collections.deque((), 3, [1, 2])"),
+    "class": (Settings, f"{HERE}.Settings"),
+    "partial": (
+        functools.partial(again, 1),
+        f"functools.partial(<{HERE}.again>, func=<{HERE}.again>, args=(1,), keywords=<dict>)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_placeholder_shows_its_value(name: str, protocol: int) -> None:
+    value, shown = SHOWN[name]
+    assert repr(again(value, protocol)) == f"<placeholder {shown}>"
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_attributes_and_items_are_had_either_way(tensor: bool) -> None:
+    w = pytest.importorskip("torch").ones(2) if tensor else None
+    for value in (Hyper(lr=0.1, w=w), argparse.Namespace(lr=0.1, w=w), Settings(w=w)):
+        made = again(value)
+        assert made.lr == made["lr"] == 0.1
+        assert "lr" in dir(made)
+        with pytest.raises(AttributeError):
+            made.momentum  # noqa: B018
+        with pytest.raises(KeyError):
+            made["momentum"]
+        assert "float32 [2]" in repr(made) or not tensor
+    point = again(Point(1, w))
+    assert point[0] == point[-2] == 1
+    with pytest.raises(KeyError):
+        point[2]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_partial_has_the_attributes_of_one(tensor: bool) -> None:
+    w = pytest.importorskip("torch").ones(2) if tensor else 5
+    made = again(functools.partial(again, w, protocol=4))
+    assert zipslicer.describe(made.func).qualified == f"{HERE}.again"
+    assert (len(made.args), dict(made.keywords)) == (1, {"protocol": 4})
+
+
+def test_a_module_is_walked_as_one() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    made = again(model)
+    assert torch.equal(made[0].weight, model[0].weight)
+    assert made[1].num_batches_tracked.item() == 0
+    assert (made[0].in_features, made[1].eps, made[0].training) == (2, 1e-05, True)
+    assert {"weight", "bias", "in_features"} <= set(dir(made[0]))
+    assert "in_features=2, out_features=3" in repr(made[0])
+    with pytest.raises(AttributeError):
+        made[0].momentum  # noqa: B018
+    with pytest.raises(KeyError):
+        made[7]
+
+
+def test_an_omegaconf_config_gives_what_is_in_it() -> None:
+    """By hand, as omegaconf writes it: each value in a node, and each node knows its parent."""
+
+    def node(p: Pickle, module: str, name: str, slot: int, **state: Any) -> Pickle:
+        p.name(module, name).raw(b")\x81").put(slot).raw(b"}(")
+        p.text("_parent")
+        p.none() if slot == 1 else p.get(1)
+        for key, write in state.items():
+            write(p.text(key))
+        return p.raw(b"ub")
+
+    def values(p: Pickle) -> Pickle:
+        p.raw(b"}(")
+        node(p.text("lr"), "omegaconf.nodes", "AnyNode", 2, _val=lambda p: p.real(0.5))
+        node(p.text("sizes"), "omegaconf.listconfig", "ListConfig", 3, _content=listed)
+        return p.raw(b"u")
+
+    def listed(p: Pickle) -> Pickle:
+        p.raw(b"](")
+        node(p, "omegaconf.nodes", "IntegerNode", 4, _val=lambda p: p.integer(7))
+        return p.raw(b"e")
+
+    config = opened(node(Pickle(), "omegaconf.dictconfig", "DictConfig", 1, _content=values))
+    assert config.lr == config["lr"] == 0.5
+    assert config.sizes[0] == config["sizes"][-1] == 7
+    assert (
+        repr(config) == "<placeholder omegaconf.dictconfig.DictConfig(lr=0.5, sizes=<omegaconf.listconfig.ListConfig>)>"
+    )
+    assert dir(config) == ["_content", "_parent", "lr", "sizes"]
+    with pytest.raises(KeyError):
+        config["momentum"]
+    with pytest.raises(AttributeError):
+        config.momentum  # noqa: B018
+
+
+def test_a_moment_that_is_none_is_shown_as_it_is() -> None:
+    for packed in (b"", b"\xff" * 10, b"\0" * 4):
+        program = Pickle(3).name("datetime", "datetime").raw(b"C" + bytes([len(packed)]) + packed + b"\x85R")
+        made = opened(program)
+        assert repr(made).startswith("<placeholder datetime.datetime(")
+
+
+def test_a_tensor_of_a_foreign_class_reads_as_an_object_of_it() -> None:
+    """As torchao's: the class's name, its inner tensors as attributes, and listed under them."""
+    program = Pickle().call(
+        "torch._tensor", "_rebuild_from_type_v2", lambda p: p.name("torch._utils", "_rebuild_wrapper_subclass"),
+        lambda p: p.name("pkg", "Quantized"), lambda p: p.mark().name("pkg", "Quantized").integer(3).raw(b"t"),
+        lambda p: p.dict({"inner": one_float, "bits": lambda p: p.integer(4)}),
+    )  # fmt: skip
+    checkpoint = zipslicer.open(makers.checkpoint(program.stop(), ZERO).data)
+    made = checkpoint.root
+    assert zipslicer.describe(made).qualified == "pkg.Quantized"
+    assert repr(made) == "<placeholder pkg.Quantized(<pkg.Quantized>, 3, inner=<float32 [1]>, bits=4)>"
+    assert (made.inner.tolist(), made.bits) == ([0.0], 4)
+    assert list(checkpoint.tensors) == ["inner"]
+    assert list(checkpoint.placeholders) == [""]

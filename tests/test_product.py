@@ -77,8 +77,6 @@ TORCH_RETYPES = ("zip", "untyped", "storage")
 # What is still to come, by what a combination has in it; strict, so that whoever brings it is told to take the row out.
 LATER: Mapping[str, str] = {
     "legacy": "the stream format before ZIP",
-    "quantized": "quantized tensors",
-    "packed": "quantized tensors of less than a byte an element",
 }
 
 
@@ -299,6 +297,8 @@ def differences_in_slices(wanted: Mapping[str, Any], loaded: Any) -> list[str]:
     for name, value in wanted.items():
         if not isinstance(value, torch.Tensor) or value.dtype in PACKED_DTYPES:
             continue  # a part of a byte is no part of a file
+        if value.is_quantized and value.qscheme() == torch.per_channel_affine_float_qparams:
+            continue  # torch has no slices of these to compare with
         part = loaded.get_slice(name)
         for index in INDEXES:
             a, b = indexed(value.detach(), index), indexed(part, index)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime as dt
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Verb
 from .backend import Limits as MachineLimits
 
 __all__ = [
+    "COMPOSITES",
     "DTYPES",
+    "LEVELS",
     "NOT_PLAIN",
     "Limits",
     "Meaning",
@@ -24,8 +27,11 @@ __all__ = [
     "actions",
     "construct",
     "describe",
+    "dtype_index",
+    "dtype_named",
     "machine_limits",
     "meaning_of",
+    "public_first",
 ]
 
 
@@ -105,6 +111,12 @@ class Meaning:
     FACTORY: Final = 11  # a builtin type that stands as the factory of a defaultdict
     PARTIAL: Final = 12
     LAST_PLAIN: Final = 12  # up to here construct() makes the value; from here on tensors.py does, with torch or NumPy
+    SPARSE: Final = 14  # these are the tensors of composites.py
+    QUANTIZED: Final = 15
+    NESTED: Final = 16
+    META: Final = 17
+    FROM_CPU: Final = 18
+    FROM_NUMPY: Final = 19
     SIZE: Final = 20
     DEVICE: Final = 21
     DTYPE: Final = 22
@@ -120,6 +132,8 @@ class Meaning:
     NUMPY_SCALAR: Final = 33
     NUMPY_BUFFER: Final = 34
 
+
+COMPOSITES: Final = range(Meaning.SPARSE, Meaning.FROM_NUMPY + 1)  # tensors of more or less than one dense row
 
 _PLAIN: dict[str, dict[str, int]] = {
     "builtins": {
@@ -157,7 +171,16 @@ _PLAIN: dict[str, dict[str, int]] = {
         "torch.preserve_format": Meaning.MEMORY_FORMAT,
         "_rebuild_parameter": Meaning.PARAMETER,
         "_rebuild_parameter_with_state": Meaning.PARAMETER_WITH_STATE,
+        "_rebuild_sparse_tensor": Meaning.SPARSE,
+        "_rebuild_qtensor": Meaning.QUANTIZED,
+        "_rebuild_nested_tensor": Meaning.NESTED,
+        "_rebuild_meta_tensor_no_storage": Meaning.META,
+        "_rebuild_device_tensor_from_cpu_tensor": Meaning.FROM_CPU,
+        "_rebuild_device_tensor_from_numpy": Meaning.FROM_NUMPY,
+        "_rebuild_xla_tensor": Meaning.FROM_NUMPY,
     },
+    "torch._tensor": {"_rebuild_from_type_v2": Meaning.TYPED, "_rebuild_from_type": Meaning.TYPED},
+    "torch.tensor": {"_rebuild_from_type": Meaning.TYPED},
     "numpy": {"ndarray": Meaning.NUMPY_NDARRAY, "dtype": Meaning.NUMPY_DTYPE},
     # NumPy 2 moved its core to numpy._core; a file has the names of the NumPy that wrote it.
     "numpy._core.multiarray": {"_reconstruct": Meaning.NUMPY_ARRAY, "scalar": Meaning.NUMPY_SCALAR},
@@ -222,6 +245,18 @@ def meaning_of(module: str, name: str) -> int:
     return _MEANINGS.get((module, name), Meaning.STRANGER)
 
 
+def dtype_index(name: str) -> int | None:
+    """The place in DTYPES of a global that is a dtype: of "torch.float32", "torch.half"; None for any other."""
+    module, _, spelling = name.rpartition(".")
+    action = _ACTIONS.get((module, spelling), 0)
+    return action >> 8 & 0xFF if action & 0xFF == Verb.DTYPE else None
+
+
+def dtype_named(name: str) -> int:
+    """The place in DTYPES of a dtype: of "float32"."""
+    return next(i for i, dtype in enumerate(DTYPES) if dtype.name == name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a file may ask of us before a tensor is touched. Raise one where a real file needs it.
@@ -274,11 +309,15 @@ class Placeholder:
 
     def __getattr__(self, name: str) -> Any:
         # Reached only where ordinary look-up found nothing, so never for a dunder that object has.
+        about = object.__getattribute__(self, "_zipslicer")
         if not (name.startswith("__") and name.endswith("__")):
-            attributes = object.__getattribute__(self, "_zipslicer").attributes
+            attributes = about.attributes
             if name in attributes:
                 return attributes[name]
-        about = object.__getattribute__(self, "_zipslicer")
+            if not name.startswith("_"):
+                found = _held(about, name, about.items)
+                if found is not NOT_PLAIN:
+                    return found
         raise AttributeError(f"placeholder of {_quoted(about.qualified)} has no attribute {name!r} in the file")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -286,25 +325,50 @@ class Placeholder:
 
     def __getitem__(self, key: Any) -> Any:
         about = self._zipslicer
-        if isinstance(key, int) and not isinstance(key, bool) and about.list_items and key not in about.items:
+        if type(key) is int and about.list_items and key not in about.items:
             return about.list_items[key]
+        if key not in about.items:
+            found = _held(about, key, about.attributes if type(key) is str else {})
+            if found is not NOT_PLAIN:
+                return found
+            if type(key) is int and about.is_new and -len(about.args) <= key < len(about.args):
+                return about.args[key]
         return about.items[key]
 
     __iter__ = None  # __getitem__ alone would make it iterable by index
 
     def __dir__(self) -> list[str]:
-        return sorted(n for n in self._zipslicer.attributes if isinstance(n, str) and n.isidentifier())
+        about = self._zipslicer
+        names = [*about.attributes, *about.items]
+        for level in LEVELS:
+            held = about.attributes.get(level)
+            names += held if isinstance(held, Mapping) else ()
+        content = _content(about)
+        names += content if type(content) is dict else ()
+        return sorted({name for name in names if isinstance(name, str) and name.isidentifier()})
 
     def __repr__(self) -> str:
         about = self._zipslicer
-        shown = [_short(a) for a in about.peek_args(4)]
-        shown += [f"{_short_key(k)}={_short(v)}" for k, v in about.peek_attributes(8)]
-        more = len(about.args) + len(about.attributes) - len(shown)
-        count = len(about.list_items) + len(about.items)
+        if not about.called:
+            return f"<placeholder {_quoted(about.qualified)}>"
+        args = about.peek_args(4)
+        shown = [_moment(about, a) if i == 0 else _short(a) for i, a in enumerate(args)]
+        content = _content(about)
+        if type(content) in (dict, list):  # and its own attributes are of no interest
+            inside = content.items() if type(content) is dict else enumerate(content)
+            shown += [f"{_short_key(k)}={_short(_bare(v))}" for k, v in itertools.islice(inside, 8)]
+            more = len(content) - len(shown)
+        else:
+            shown += [f"{_short_key(k)}={_short(v)}" for k, v in about.peek_attributes(8)]
+            more = len(about.args) + len(about.attributes) - len(shown)
+            listed, items = about.peek_items(8)
+            if listed:
+                shown.append(f"[{', '.join(_short(v) for v in listed)}]")
+            if items:
+                shown.append(f"{{{', '.join(f'{_short(k)}: {_short(v)}' for k, v in items)}}}")
+            more += len(about.list_items) + len(about.items) - len(listed) - len(items)
         if more > 0:
             shown.append(f"... {more} more")
-        if count:
-            shown.append(f"{count} item" + "s" * (count > 1))
         return f"<placeholder {_quoted(about.qualified)}({', '.join(shown)})>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -326,6 +390,7 @@ class Description:
     Attributes:
         module, name: the global, as the file spells it.
         called: False for a global that stands as a value, True for what would have been made by calling it.
+        is_new: made by the class's __new__ alone: of a tuple subclass, the arguments are then the items.
         args, kwargs: what it would have been called with.
         state: what BUILD would have given it, or None.
         attributes: the state as attributes, where it is a dict, or a dict and a dict of slots.
@@ -335,6 +400,7 @@ class Description:
     module: str
     name: str
     called: bool = False
+    is_new: bool = False
     args: tuple[Any, ...] = ()
     kwargs: dict[Any, Any] = dataclasses.field(default_factory=dict)
     state: Any = None
@@ -357,7 +423,64 @@ class Description:
 
     def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
         """The first attributes, to show: nothing is read for it."""
-        return list(itertools.islice(self.attributes.items(), count))
+        return list(public_first(self.attributes.items())[:count])
+
+    def peek_items(self, count: int) -> tuple[list[Any], list[tuple[Any, Any]]]:
+        """The first of list_items and of items, to show: nothing is read for it."""
+        listed = list(self.list_items[:count])
+        return listed, list(itertools.islice(self.items.items(), count - len(listed)))
+
+
+def public_first(named: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The first attributes of an object, its inner ones last: those of a module would hide all others in a repr."""
+    return sorted(itertools.islice(named, 64), key=lambda pair: type(pair[0]) is str and pair[0].startswith("_"))
+
+
+# Where objects keep what they give out as their own attributes or items.
+LEVELS: Final = ("_parameters", "_buffers", "_modules")  # of a torch.nn.Module
+CONTENTS: Final = (("omegaconf.dictconfig", "DictConfig"), ("omegaconf.listconfig", "ListConfig"))
+
+
+def _held(about: Description, key: Any, own: Mapping[Any, Any]) -> Any:
+    """What an object holds under a name, as the libraries have it that wrote it; NOT_PLAIN for nothing.
+
+    Items of an AttributeDict are its attributes, and may be asked for either way; parts of a module, and values of an
+    omegaconf config, are those of their owner.
+    """
+    if key in own:
+        return own[key]
+    for level in LEVELS:
+        held = about.attributes.get(level)
+        if isinstance(held, Mapping) and str(key) in held:
+            return held[str(key)]
+    content = _content(about)
+    if (type(content) is dict and key in content) or (
+        type(content) is list and type(key) is int and -len(content) <= key < len(content)
+    ):
+        return _bare(content[key])
+    return NOT_PLAIN
+
+
+def _content(about: Description) -> Any:
+    return about.attributes.get("_content") if (about.module, about.name) in CONTENTS else None
+
+
+def _bare(value: Any) -> Any:
+    """The value of a node of omegaconf."""
+    if type(value) is Placeholder and value._zipslicer.module == "omegaconf.nodes":
+        return value._zipslicer.attributes.get("_val", value)
+    return value
+
+
+def _moment(about: Description, packed: Any) -> str:
+    """The first argument to show: a date or time as one reads it, where it is packed into bytes."""
+    cls = {"datetime": dt.datetime, "date": dt.date, "time": dt.time}.get(about.name)
+    if about.module != "datetime" or cls is None or type(packed) not in (str, bytes):
+        return _short(packed)
+    try:
+        return _quoted(cls(packed if isinstance(packed, bytes) else packed.encode("latin-1")).isoformat())
+    except (TypeError, ValueError, OverflowError):
+        return _short(packed)
 
 
 def describe(placeholder: Placeholder) -> Description:
@@ -379,13 +502,23 @@ def _short_key(key: Any) -> str:
 
 def _short(value: Any) -> str:
     """A value in a few characters, without descending into it or calling any code of its own."""
-    if type(value) is str:
+    if type(value) in (str, bytes):
         return _quoted(repr(value[:40]))
     if value is None or type(value) in (bool, int, float):
-        return _quoted(repr(value), 40) if not isinstance(value, int) or abs(value) < 1 << 64 else "<large int>"
+        return _quoted(repr(value), 40) if not isinstance(value, int) or abs(value) < 1 << 128 else "<large int>"
     if type(value) is Placeholder:
         return f"<{_quoted(value._zipslicer.qualified, 60)}>"
+    if type(value) in (tuple, list) and len(value) <= 6 and all(_is_number(v) for v in value):
+        return _quoted(repr(value))
+    if type(value).__name__ == "TensorInfo":
+        return _quoted(f"<{value.dtype_name} {list(value.shape)}>")
+    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device", "layout", "qscheme"):
+        return _quoted(repr(value))
     return f"<{type(value).__name__}>"
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 1 << 64)
 
 
 NOT_PLAIN: Final = object()  # construct(): not one of the calls that are ever written; a placeholder will stand for it

@@ -25,6 +25,7 @@ from .backend import (
 )
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import (
+    COMPOSITES,
     NOT_PLAIN,
     Description,
     Limits,
@@ -114,7 +115,30 @@ class Program:
         start, _ = self.span(node)
         if self.kind(node) != Kind.CALL or self.kinds[start] != Kind.GLOBAL:
             return Meaning.STRANGER
-        return self._meanings[self.payloads[start]]
+        meaning = self._meanings[self.payloads[start]]
+        if meaning != Meaning.TYPED:
+            return meaning
+        # The machine has taken those whose function makes a dense tensor. Ours are those of composites.py.
+        function, _ = self.span(self.payloads[start + ARGS])
+        return meaning if self.global_meaning(function) in COMPOSITES else Meaning.STRANGER
+
+    def global_meaning(self, position: int) -> int:
+        """What a global that stands as a value means to us; STRANGER for any other value."""
+        return self._meanings[self.payloads[position]] if self.kinds[position] == Kind.GLOBAL else Meaning.STRANGER
+
+    def rebuilt(self, node: int) -> tuple[int, int] | None:
+        """For a tensor of a class of its own, made by _rebuild_from_type_v2(function, class, arguments, state): the
+        positions of arguments and state. None for any other node, and where policy knows the function.
+        """
+        start, end = self.span(node)
+        if self.kind(node) != Kind.CALL or self.global_meaning(start) != Meaning.TYPED or end - start != PARTS:
+            return None
+        first, _ = self.span(self.payloads[start + ARGS])
+        if self.kinds[first + 1] != Kind.GLOBAL or self.kinds[first + 2] != Kind.TUPLE:
+            return None
+        if self.kinds[start + STATE] != Kind.ABSENT:
+            return None
+        return None if self.global_meaning(first) in COMPOSITES else (first + 2, first + 3)
 
     def is_mapping(self, node: int) -> bool:
         """Whether a node is a dict of some class that we know."""
@@ -145,6 +169,12 @@ class Program:
                             todo.append(node)
                     elif kind >= FIRST_NODE_KIND:
                         parents[self.payloads[position]].append(node)
+            if any(meaning in COMPOSITES for meaning in self._meanings):
+                # Some of them have no dense part: a meta tensor, or one that was saved as a NumPy array.
+                for node in range(self.node_count):
+                    if not found[node] and self.meaning(node) in (*COMPOSITES, Meaning.TYPED):
+                        found[node] = 1
+                        todo.append(node)
             while todo:
                 for parent in parents[todo.pop()]:
                     if not found[parent]:
@@ -218,11 +248,17 @@ class Program:
         return self._allow.get(f"{module}.{name}", MISSING)
 
     def called_name(self, node: int) -> tuple[str, str]:
-        """The (module, name) that a CALL or OBJECT calls; of the innermost one where the result of a call is called."""
+        """The (module, name) that a CALL or OBJECT calls; of the innermost one where the result of a call is called, and
+        the class of a tensor that is rebuilt.
+        """
         chain = []
         while node not in self._names:
             chain.append(node)
             start, _ = self.span(node)
+            rebuilt = self.rebuilt(node)
+            if rebuilt is not None:
+                self._names[node] = self.globals[self.payloads[rebuilt[0] - 1]]
+                break
             if self.kinds[start] == Kind.GLOBAL:
                 self._names[node] = self.globals[self.payloads[start]]
                 break
@@ -349,7 +385,8 @@ class Builder:
         elif kind == Kind.SET:
             self.objects[node] = set()
         elif kind in (Kind.CALL, Kind.OBJECT) and not self.is_known(node):
-            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True))
+            is_new = kind == Kind.OBJECT
+            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True, is_new=is_new))
 
     def is_known(self, node: int) -> bool:
         return self.program.meaning(node) != Meaning.STRANGER or self.program.allowed(node) is not MISSING
@@ -445,6 +482,15 @@ class Builder:
     def describe(self, node: int, made: Placeholder, values: list[Any]) -> None:
         about = made._zipslicer
         appends = len(self.program.appended(node))
+        rebuilt = self.program.rebuilt(node)
+        if rebuilt is not None:
+            _, _, args, about.state = values[ARGS]
+            if len(args) == 1 and isinstance(args[0], dict):
+                about.kwargs = dict(args[0])
+            else:
+                about.args = args
+            about.attributes = {**about.kwargs, **attributes_of(about.state)}
+            return
         about.args = values[ARGS]
         about.kwargs = {} if self.absent(node, KWARGS) else values[KWARGS]
         about.list_items = values[PARTS : PARTS + appends]
@@ -453,6 +499,8 @@ class Builder:
         if not self.absent(node, STATE):
             about.state = values[STATE]
             about.attributes = attributes_of(about.state)
+            if self.program.meaning(node) == Meaning.PARTIAL and type(about.state) is tuple:
+                about.attributes = dict(zip(PARTIAL, about.state))
 
     def absent(self, node: int, part: int) -> bool:
         return self.program.kinds[self.program.span(node)[0] + part] == Kind.ABSENT
@@ -470,6 +518,9 @@ class Builder:
         elif listed or (rest and not isinstance(made, dict)):
             raise ProgramError(f"items are put into a {type(made).__name__}")
         self.set_items(made, rest[::2], rest[1::2])
+
+
+PARTIAL = ("func", "args", "keywords")  # what functools.partial calls the first three items of its state
 
 
 def attributes_of(state: Any) -> dict[Any, Any]:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
+from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
-from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct
-from .program import ARGS, KWARGS, MISSING, STATE, Program
+from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
+from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class View:
 
     def is_in(self, position: int, record: str) -> bool:
         """Whether a value is a tensor of a record."""
-        info = self.meta(position) if self.table.is_tensor(position) else None
-        return info is not None and record.endswith(f"/{self.table.folder}/{info.storage_key}")
+        info = self.shown_meta(position) if self.table.is_tensor(position) else None
+        parts = () if info is None else (info, *info.parts.values())
+        return any(record.endswith(f"/{self.table.folder}/{part.storage_key}") for part in parts)
 
     def name_room(self) -> int:
         return name_room(self.program)
@@ -166,6 +168,8 @@ class View:
             return LazyStateDict._of(self, position)
         if program.kind(node) in (Kind.LIST, Kind.TUPLE):
             return LazySequence(self, position)
+        if program.kind(node) not in (Kind.CALL, Kind.OBJECT):  # a set, of objects that hold tensors
+            return self.reader.builder([position]).build(position)
         return Placeholder(FileDescription(self, node))
 
     def _plain(self, position: int) -> Any:
@@ -193,6 +197,13 @@ class View:
             return self.peek(position)
         except ZipSlicerError as error:
             return error
+
+    def located_meta(self, position: int, key: Any) -> TensorInfo | None:
+        """As meta; what is wrong names the key."""
+        try:
+            return self.meta(position)
+        except ZipSlicerError as error:
+            raise error.located(path=self.path, key=key) from None
 
     def meta(self, position: int) -> TensorInfo | None:
         """What the file says of a value that is a tensor or storage; None for any other."""
@@ -288,23 +299,30 @@ class FileDescription(Description):
     def __init__(self, view: View, node: int) -> None:
         self.module, self.name = view.program.called_name(node)
         self.called = True
+        self.is_new = view.program.kind(node) == Kind.OBJECT
         self._view = view
         self._start, _ = view.program.span(node)
-        self._names = {step[1]: p for p, step in view.table._attributes(self._start + STATE) if step[0] == "attribute"}
+        self._names = {step[1]: p for p, step in view.table.attributes(node) if step[0] == "attribute"}
+        state = self._start + STATE
+        if view.program.meaning(node) == Meaning.PARTIAL and view.kinds[state] == Kind.TUPLE:
+            self._names = dict(zip(PARTIAL, range(*view.program.span(view.payloads[state]))))
+        rebuilt = view.program.rebuilt(node)
+        self._args, self._state = rebuilt or (self._start + ARGS, self._start + STATE)
+        self._keywords = None if rebuilt is None else view.table.keywords(rebuilt[0])
         self._listed = view.program.appended(node)
         self._node = node
 
     @property
     def args(self) -> Any:  # type: ignore[override]
-        return self._view.touch(self._start + ARGS)
+        return () if self._keywords is not None else self._view.touch(self._args)
 
     @property
     def kwargs(self) -> Any:  # type: ignore[override]
-        return self._view.touch(self._start + KWARGS) or {}
+        return self._view.touch(self._start + KWARGS if self._keywords is None else self._keywords) or {}
 
     @property
     def state(self) -> Any:
-        return self._view.touch(self._start + STATE)
+        return self._view.touch(self._state)
 
     @property
     def attributes(self) -> Any:  # type: ignore[override]
@@ -322,11 +340,16 @@ class FileDescription(Description):
 
     def peek_args(self, count: int) -> list[Any]:
         program = self._view.program
-        positions = range(*program.span(program.payloads[self._start + ARGS]))
-        return [self._view.peek(p) for p in positions[:count]]
+        positions = range(*program.span(program.payloads[self._args])) if self._keywords is None else range(0)
+        return [self._view.shown(p) for p in positions[:count]]
 
     def peek_attributes(self, count: int) -> list[tuple[Any, Any]]:
-        return [(name, self._view.peek(p)) for name, p in list(self._names.items())[:count]]
+        return [(name, self._view.shown(p)) for name, p in public_first(self._names.items())[:count]]
+
+    def peek_items(self, count: int) -> tuple[list[Any], list[tuple[Any, Any]]]:
+        items = self.items._positions if len(self._listed) < count else {}
+        listed = [self._view.shown(p) for p in self._listed[:count]]
+        return listed, [(k, self._view.shown(p)) for k, p in itertools.islice(items.items(), count - len(listed))]
 
 
 class Touched(Mapping[Any, Any]):
@@ -536,7 +559,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if position < 0:
             value = self._overlay[key]
             return _info_of(value) if hasattr(value, "untyped_storage") else None
-        return self._view.meta(position)
+        return self._view.located_meta(position, key)
 
     def _require_meta(self, key: Any) -> TensorInfo:
         info = self.get_meta(key)
@@ -895,25 +918,47 @@ class LazySlice:
     The result owns its memory. Reads the bytes that are asked for, and little else.
     """
 
-    __slots__ = ("_key", "_leaf", "_owner", "_view")
+    __slots__ = ("_key", "_leaf", "_owner", "_part", "_view")
 
-    def __init__(self, owner: LazyStateDict, key: Any, view: View, leaf: Leaf | None) -> None:
+    def __init__(
+        self, owner: LazyStateDict, key: Any, view: View, leaf: Leaf | None, part: Member | None = None
+    ) -> None:
         self._owner = owner
         self._key = key
         self._view = view
         self._leaf = leaf
+        self._part = part
 
     def __getitem__(self, index: Any) -> Any:
         """Raises: IndexError, TypeError (an index that is not basic), ValueError (a step of 0)."""
         if self._leaf is None:
             return self._owner[self._key][index]
         try:
-            return self._view.reader.slice(self._leaf, index)
+            reader = self._view.reader
+            if self._part is not None:
+                return reader.slice_member(self._part, index)
+            return reader.slice(self._leaf, index)
         except ZipSlicerError as error:
             raise error.located(path=self._view.path, key=self._key) from None
 
+    def part(self, name: str) -> LazySlice:
+        """One of the dense tensors that a sparse, quantized or nested tensor consists of; `info.parts` has their names.
+
+        Raises: KeyError.
+        """
+        leaf, table = self._leaf, self._view.table
+        try:
+            known = {} if leaf is None or leaf.composite is None else table.composite(leaf.composite).members
+        except ZipSlicerError as error:
+            raise error.located(path=self._view.path, key=self._key) from None
+        if self._part is not None or name not in self.info.parts:
+            raise MissingKeyError(name, self.info.parts)
+        return LazySlice(self._owner, self._key, self._view, leaf, known[name])
+
     @property
     def info(self) -> TensorInfo:
+        if self._part is not None:
+            return self._view.table.member_info(self._part)
         return self._owner._require_meta(self._key)
 
     @property
@@ -1020,10 +1065,10 @@ def _flat(patterns: Sequence[Patterns]) -> Iterator[Any]:
 
 def _info_of(tensor: Any) -> TensorInfo:
     """The facts of a tensor that the user has put in."""
-    strided = str(tensor.layout) == "torch.strided"
+    strided = str(tensor.layout) == "torch.strided" and not tensor.is_nested
     return TensorInfo(
         dtype_name=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
+        shape=_ragged(tensor) if tensor.is_nested else tuple(tensor.shape),
         strides=tuple(tensor.stride()) if strided else (),
         storage_offset=tensor.storage_offset() if strided else 0,
         numel=tensor.numel(),
@@ -1038,7 +1083,13 @@ def _info_of(tensor: Any) -> TensorInfo:
         is_conj=tensor.is_conj(),
         is_neg=tensor.is_neg(),
         class_name=None,
+        layout=NESTED if tensor.is_nested else str(tensor.layout).removeprefix("torch."),
     )
+
+
+def _ragged(tensor: Any) -> tuple[int, ...]:
+    """The shape of a nested tensor, whose first size is the one that all components have."""
+    return (tensor.size(0), *(RAGGED,) * (tensor.dim() - 1))
 
 
 def _code(dtype_name: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .archive import STORED, Archive
 from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
+from .composites import NESTED, Composite, Dense, Member, find, read
 from .errors import ArchiveError, TableError
-from .plan import Geometry, is_contiguous, numel
-from .policy import DTYPES, NOT_PLAIN, Dtype, Meaning
+from .plan import Geometry, hull, is_contiguous, numel
+from .policy import COMPOSITES, DTYPES, LEVELS, NOT_PLAIN, Dtype, Meaning
 from .program import ARGS, MISSING, STATE, Program
 
 __all__ = ["Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
@@ -26,7 +27,6 @@ UINT8 = next(i for i, dtype in enumerate(DTYPES) if dtype.name == "uint8")
 NAME_ROOM = 256  # characters of names for each value of the file; flat state dicts have two values a tensor
 NO_GRAD = "a Parameter of this dtype cannot require grad"
 TOO_LONG = "the names of the tensors are far longer than the file: long keys are nested over and over"
-TRANSPARENT = ("_modules", "_parameters", "_buffers")  # levels of a pickled nn.Module that state_dict() does not name
 
 Step = tuple[str, Any]  # ("key", k), ("index", i), ("attribute", name) or ("part", name)
 
@@ -65,6 +65,7 @@ class Leaf(NamedTuple):
     requires_grad: bool
     attributes: int | None  # the position of the state with its Python attributes
     cls: str | None  # "module.name" of a class of its own
+    composite: int | None = None  # the node of its call where it is no row, and `number` is -1; see composites.py
 
 
 class TensorInfo:
@@ -80,14 +81,34 @@ class TensorInfo:
         itemsize: bytes of one element.
         storage_key: of the record that holds the storage: "0" for data/0. Equal keys share memory.
         storage_nbytes: bytes of the whole storage.
+        layout: "strided", "sparse_coo" and so on as torch has it, or "nested". Size -1 is that of a ragged dimension.
+        parts: of a sparse, quantized or nested tensor, the facts of the dense tensors that it consists of, by name.
+            nbytes is then the sum of theirs; storage_key and storage_nbytes are those of a quantized tensor's int_repr,
+            and of the others "" and a sum.
         location: the device it was saved from, "cuda:0"; it is read to the CPU unless map_location says otherwise.
         requires_grad, is_parameter, is_contiguous, is_conj, is_neg: as torch has them.
         class_name: "module.name" of the tensor's own class, or None.
     """
 
     __slots__ = (
-        "class_name", "dtype_name", "is_conj", "is_contiguous", "is_neg", "is_parameter", "itemsize", "location", "nbytes",
-        "numel", "requires_grad", "shape", "storage_key", "storage_nbytes", "storage_offset", "strides",
+        "class_name",
+        "dtype_name",
+        "is_conj",
+        "is_contiguous",
+        "is_neg",
+        "is_parameter",
+        "itemsize",
+        "layout",
+        "location",
+        "nbytes",
+        "numel",
+        "parts",
+        "requires_grad",
+        "shape",
+        "storage_key",
+        "storage_nbytes",
+        "storage_offset",
+        "strides",
     )  # fmt: skip
 
     dtype_name: str
@@ -106,8 +127,12 @@ class TensorInfo:
     is_conj: bool
     is_neg: bool
     class_name: str | None
+    layout: str
+    parts: dict[str, TensorInfo]
 
     def __init__(self, **facts: Any) -> None:
+        self.layout = "strided"
+        self.parts = {}
         for name, value in facts.items():
             setattr(self, name, value)
 
@@ -139,7 +164,10 @@ class TensorInfo:
 
     def __repr__(self) -> str:
         extra = [name for name in ("requires_grad", "is_parameter", "is_conj", "is_neg") if getattr(self, name)]
-        extra += [] if self.is_contiguous else [f"strides={self.strides}"]
+        if self.layout != "strided":
+            extra.append(f"layout={self.layout}")
+        elif not self.is_contiguous:
+            extra.append(f"strides={self.strides}")
         extra += [] if self.location == "cpu" else [f"location={self.location!r}"]
         return f"TensorInfo({self.dtype_name}, {list(self.shape)}{''.join(', ' + e for e in extra)})"
 
@@ -156,6 +184,8 @@ class TensorTable:
         self.swapped = swapped  # the file's byte order is not this host's
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
         self._records: list[int] | None = None
+        self._composites: dict[int, Composite] = {}
+        self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
         self.direct = array("q", [-1]) * program.storage_count
 
@@ -231,9 +261,52 @@ class TensorTable:
             start, _ = program.span(payload)
             number = program.payloads[start]
             return Leaf(number, False, self.row(number).requires_grad, start + 2, self._class_name(start + 1))
-        if kind == Kind.CALL and program.meaning(payload) in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
+        if kind != Kind.CALL:
+            return None
+        meaning = program.meaning(payload)
+        if meaning in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
             return self._parameter(payload)
+        if meaning in COMPOSITES or meaning == Meaning.TYPED:
+            return self._composite(payload, meaning)
         return None
+
+    def _composite(self, node: int, meaning: int) -> Leaf | None:
+        """A call of composites.py, by itself or with a class and attributes; what it says is checked by whoever asks."""
+        found = self._leaves.get(node, MISSING)
+        if found is MISSING:
+            found = None
+            if find(self.program, node) is not None:
+                found = Leaf(-1, False, False, None, None, node)
+                if meaning == Meaning.TYPED:
+                    start, _ = self.program.span(self.program.payloads[self.program.span(node)[0] + ARGS])
+                    found = found._replace(attributes=start + 3, cls=self._class_name(start + 1))
+            self._leaves[node] = found
+        return cast("Leaf | None", found)
+
+    def composite(self, node: int) -> Composite:
+        """What such a call says. Raises: TableError, UnsupportedError."""
+        made = self._composites.get(node)
+        if made is None:
+            made = self._composites[node] = read(self, node)
+        return made
+
+    def quantizers(self) -> Iterator[Row]:
+        """The rows that are scales or zero points of a quantized tensor."""
+        program = self.program
+        for node in range(program.node_count):
+            found = find(program, node) if program.meaning(node) in (Meaning.QUANTIZED, Meaning.TYPED) else None
+            for name in ("scales", "zero_points"):
+                if found is not None and name in found and program.kinds[found[name]] == Kind.TENSOR:
+                    yield self.row(program.payloads[found[name]])
+
+    def member(self, each: Member) -> tuple[Row, Geometry]:
+        """A dense part of a composite."""
+        if not isinstance(each, Dense):
+            row = self.row(self.program.payloads[each])
+            return row, self.geometry(row)
+        itemsize, ndim = DTYPES[each.dtype].itemsize, len(each.geometry.sizes)
+        start = each.geometry.storage_offset
+        return Row(each.storage, each.dtype, itemsize, start, -1, ndim, 0, -1, hull(each.geometry)), each.geometry
 
     def _parameter(self, node: int) -> Leaf | None:
         """_rebuild_parameter(tensor, requires_grad, hooks), _rebuild_parameter_with_state(..., state)."""
@@ -243,11 +316,18 @@ class TensorTable:
         if end - start != 3 + stateful or program.kinds[start + 1] not in (Kind.TRUE, Kind.FALSE):
             raise TableError("a Parameter is rebuilt with wrong arguments", path=self.archive.source.path)
         # One step only, so that no chain of Parameters of Parameters is followed.
-        if program.kinds[start] not in (Kind.TENSOR, Kind.TYPED):
+        inner = None
+        if program.kinds[start] in (Kind.TENSOR, Kind.TYPED) or (
+            program.kinds[start] == Kind.CALL
+            and program.meaning(program.payloads[start]) in (*COMPOSITES, Meaning.TYPED)
+        ):
+            inner = self.leaf(start)
+        if inner is None:
             return None
-        inner = self.leaf(start)
-        assert inner is not None
         grad = program.kinds[start + 1] == Kind.TRUE
+        if inner.composite is not None:
+            attributes = start + 3 if stateful else inner.attributes
+            return inner._replace(parameter=True, requires_grad=grad, attributes=attributes)
         if grad and not self.dtype(self.row(inner.number).dtype).traits & DIFFERENTIABLE:
             raise TableError(NO_GRAD, path=self.archive.source.path)
         return Leaf(inner.number, True, grad, start + 3 if stateful else inner.attributes, inner.cls)
@@ -259,8 +339,41 @@ class TensorTable:
         return None if name in ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer") else name
 
     def info(self, leaf: Leaf) -> TensorInfo:
+        if leaf.composite is not None:
+            return self._composite_info(leaf, self.composite(leaf.composite))
         row = self.row(leaf.number)
-        geometry = self.geometry(row)
+        return self._row_info(row, self.geometry(row), leaf)
+
+    def _composite_info(self, leaf: Leaf, composite: Composite) -> TensorInfo:
+        sizes, strides, dtype = composite.sizes, composite.strides, DTYPES[composite.dtype]
+        parts = {name: self.member_info(each) for name, each in composite.members.items()}
+        main = parts.get("int_repr") or parts.pop("tensor", None)  # whose elements are those of the whole
+        if main is not None and main.itemsize != dtype.itemsize:  # cast when it is read
+            main = None
+        count = parts["values"].numel if composite.layout == NESTED else numel(sizes)
+        nbytes = sum(part.nbytes for part in parts.values()) if parts else count * dtype.itemsize
+        if main is not None:
+            storage_nbytes = main.storage_nbytes
+        elif parts:
+            storage_nbytes = sum(part.storage_nbytes for part in parts.values())
+        else:
+            storage_nbytes = hull(Geometry(0, sizes, strides)) * dtype.itemsize
+        location = next((part.location for part in parts.values()), "cpu")
+        return TensorInfo(
+            dtype_name=dtype.name, shape=sizes, strides=strides, numel=count, nbytes=nbytes, itemsize=dtype.itemsize,
+            storage_offset=composite.storage_offset if main is None or "int_repr" in parts else main.storage_offset,
+            storage_key="" if main is None else main.storage_key, storage_nbytes=storage_nbytes,
+            location=location if composite.location is None else composite.location,
+            requires_grad=leaf.requires_grad if leaf.parameter else composite.requires_grad,
+            is_parameter=leaf.parameter, is_contiguous=composite.layout == "strided" and is_contiguous(sizes, strides),
+            is_conj=False, is_neg=False, class_name=leaf.cls, layout=composite.layout, parts=parts,
+        )  # fmt: skip
+
+    def member_info(self, member: Member) -> TensorInfo:
+        row, geometry = self.member(member)
+        return self._row_info(row, geometry, Leaf(-1, False, row.requires_grad, None, None))
+
+    def _row_info(self, row: Row, geometry: Geometry, leaf: Leaf) -> TensorInfo:
         dtype = self.dtype(row.dtype)
         count = numel(geometry.sizes)
         return TensorInfo(
@@ -299,8 +412,16 @@ class TensorTable:
         else:
             leaf = self.leaf(position)
             assert leaf is not None
-            row = self.row(leaf.number)
-            storage, start = row.storage, row.storage_offset * row.itemsize
+            if leaf.composite is not None:
+                members = self.composite(leaf.composite).members.values()
+                return min((self._offset_of(self.member(each)[0]) for each in members), default=-1)
+            return self._offset_of(self.row(leaf.number))
+        return self._record_offset(storage, start)
+
+    def _offset_of(self, row: Row) -> int:
+        return self._record_offset(row.storage, row.storage_offset * row.itemsize)
+
+    def _record_offset(self, storage: int, start: int) -> int:
         record = self.record_number(storage)
         return -1 if record < 0 else self.archive.field(record, Entry.HEADER_OFFSET) + start
 
@@ -322,7 +443,10 @@ class TensorTable:
         node = program.payloads[position]
         if program.kinds[position] not in (Kind.CALL, Kind.OBJECT):
             return False
-        return program.meaning(node) == Meaning.STRANGER and program.allowed(node) is MISSING
+        meaning = program.meaning(node)
+        if meaning in COMPOSITES or meaning == Meaning.TYPED:
+            return self.leaf(position) is None
+        return meaning == Meaning.STRANGER and program.allowed(node) is MISSING
 
     def _walk(
         self, root: int, wanted: Callable[[int], bool], below: Sequence[int]
@@ -370,7 +494,14 @@ class TensorTable:
         if leaf is not None:
             return [] if leaf.attributes is None else self._attributes(leaf.attributes)
         children: list[tuple[int, Step]] = []
+        rebuilt = program.rebuilt(node)
+        if rebuilt is not None:
+            return self._rebuilt(node, rebuilt[0])
         arguments = range(*program.span(program.payloads[start + ARGS]))
+        if program.meaning(node) in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
+            # Of something that is no tensor here, as a wrapper subclass: its own names are those of its parts.
+            children.append((arguments[0], ("part", ())))
+            arguments = arguments[1:]
         for i, p in enumerate(arguments):
             # NEWOBJ's arguments are the items of a tuple subclass (a namedtuple): they keep their indexes.
             if kind == Kind.OBJECT:
@@ -381,7 +512,7 @@ class TensorTable:
             if program.meaning(node) == Meaning.PARTIAL:
                 children += self._partial(start + STATE)
             else:
-                children += self._attributes(start + STATE)
+                children += self.attributes(node)
         children += [(p, ("index", i)) for i, p in enumerate(program.appended(node))]
         children += self._pairs(node, "key")
         return children
@@ -395,6 +526,40 @@ class TensorTable:
             own = key if self.program.kinds[p] < FIRST_NODE_KIND else (key,)
             named[own] = p + 1, named[own][1] if own in named else (kind, key)
         return list(named.values())
+
+    def attributes(self, node: int) -> list[tuple[int, Step]]:
+        """The attributes of a CALL or OBJECT, and what of its state is none. One of two names wins as in a dict."""
+        program = self.program
+        rebuilt = program.rebuilt(node)
+        if rebuilt is None:
+            return self._attributes(program.span(node)[0] + STATE)
+        arguments, state = rebuilt
+        keywords = self.keywords(arguments)
+        return [*([] if keywords is None else self._attributes(keywords)), *self._attributes(state)]
+
+    def keywords(self, position: int) -> int | None:
+        """Where the arguments of a tensor that is rebuilt are one dict, its position: they are as good as attributes."""
+        program = self.program
+        if program.kinds[position] != Kind.TUPLE:
+            return None
+        start, end = program.span(program.payloads[position])
+        return start if end - start == 1 and program.kinds[start] in (Kind.DICT, Kind.ORDERED_DICT) else None
+
+    def _rebuilt(self, node: int, arguments: int) -> list[tuple[int, Step]]:
+        """The parts of a tensor of a class of its own. What it has by two names is listed by the first of them."""
+        program = self.program
+        children: list[tuple[int, Step]] = []
+        if self.keywords(arguments) is None and program.kinds[arguments] == Kind.TUPLE:
+            start, end = program.span(program.payloads[arguments])
+            children += [(p, ("part", ("args", p - start))) for p in range(start, end)]
+        met: set[tuple[int, int]] = set()
+        for p, step in self.attributes(node):
+            value = program.kinds[p], program.payloads[p]
+            if value not in met:
+                children.append((p, step))
+            if value[0] >= FIRST_NODE_KIND or value[0] in (Kind.TENSOR, Kind.STORAGE):
+                met.add(value)
+        return children
 
     def _attributes(self, position: int) -> list[tuple[int, Step]]:
         """A state: a dict of attributes, (a dict or None, a dict of slots), or something of the class's own."""
@@ -486,7 +651,7 @@ def dotted(steps: tuple[Step, ...]) -> str:
     for kind, name in steps:
         if kind == "part":
             names += map(str, name if isinstance(name, tuple) else (name,))
-        elif not (kind == "attribute" and name in TRANSPARENT):
+        elif not (kind == "attribute" and name in LEVELS):
             names.append(str(name))
     return ".".join(names)
 
@@ -497,6 +662,8 @@ def structural(steps: tuple[Step, ...]) -> str:
     spelled = []
     for kind, name in steps:
         if kind == "part" and isinstance(name, tuple):
+            if not name:
+                continue
             spelled.append("#" + "/".join(map(str, name)))
         else:
             spelled.append(f"{marks[kind]}{name}")

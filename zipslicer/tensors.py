@@ -14,10 +14,11 @@ from typing import Any
 
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Kind
+from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError
 from .plan import Geometry, hull, index, is_contiguous, numel, pieces
-from .policy import DTYPES, NOT_PLAIN, Meaning
-from .program import Builder
+from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
+from .program import ARGS, Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "TensorReader", "default_threads"]
@@ -71,6 +72,8 @@ class TensorReader:
         self.dtypes += [torch.uint8] * (256 - len(DTYPES))  # an untyped storage without a dtype is bytes
         self.place = _Place(torch, options)
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
+        # What a quantized tensor is made with is not cast: torch wants these types.
+        self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
         archive = table.archive
         self._archive = archive
         # No device, no cast, no cache: bytes become tensors as they are.
@@ -144,7 +147,7 @@ class TensorReader:
         return made.set_(storage, geometry.storage_offset, geometry.sizes, geometry.strides)
 
     def _finish(self, made: Any, row: Row) -> Any:
-        made = self.place.cast(made)
+        made = made if row in self._uncast else self.place.cast(made)
         if row.conj or row.neg:
             bits = {name: True for name, on in (("conj", row.conj), ("neg", row.neg)) if on}
             self.torch._C._set_tensor_metadata(made, bits)
@@ -152,10 +155,47 @@ class TensorReader:
 
     def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
         """A tensor with what is wrapped around it."""
-        made = self.tensor(leaf.number)
+        if leaf.composite is None:
+            made = self.tensor(leaf.number)
+        else:
+            made = self.composite(leaf.composite, self._member, self._argument)
         if leaf.parameter:
+            _check_grad(made, leaf.requires_grad)
             made = self.torch.nn.Parameter(made.detach(), leaf.requires_grad)
         return _with_attributes(self.torch, made, attributes)
+
+    def composite(self, node: int, member: Callable[[Member], Any], argument: Callable[[int], Any]) -> Any:
+        """A tensor of several parts; see composites.compose."""
+        about = self.table.composite(node)
+        with self.torch.inference_mode(False), self.torch.no_grad():
+            made = self._placed(compose(self.torch, about, member, argument), about)
+            return made.detach().requires_grad_() if about.requires_grad else made
+
+    def _placed(self, made: Any, about: Composite) -> Any:
+        """What the options want of a tensor whose parts have not had it already."""
+        if about.meaning in (Meaning.FROM_CPU, Meaning.FROM_NUMPY):
+            made = self.place.named(made, about.location, is_cpu=about.meaning == Meaning.FROM_NUMPY)
+        return self.place.cast(made) if about.meaning in (Meaning.META, Meaning.FROM_NUMPY, Meaning.FROM_CPU) else made
+
+    def _member(self, each: Member) -> Any:
+        """A dense part by itself."""
+        table = self.table
+        if not isinstance(each, Dense):
+            return self.tensor(table.program.payloads[each])
+        row, geometry = table.member(each)
+        if self._cache is not None:
+            return self._view(self._cached_storage(row.storage), row, geometry)
+        start, nbytes = row.storage_offset * row.itemsize, row.extent * row.itemsize
+        untyped = self._storage(row.storage, start, nbytes, self._unit(row.dtype))
+        untyped = self.place.storage(untyped, table.program.locations[row.storage])
+        return self._view(untyped, row, geometry._replace(storage_offset=0))
+
+    def _argument(self, position: int) -> Any:
+        """An argument that is no tensor: a number, a list, a NumPy array."""
+        return self.table.program.build(position, self._no_leaf, self.special)
+
+    def _no_leaf(self, _kind: int, _payload: int) -> Any:
+        raise TableError("a tensor stands where a number is meant")
 
     def _unit(self, dtype: int) -> int:
         return self.table.dtype(dtype).unit if self.table.swapped else 1
@@ -214,7 +254,13 @@ class TensorReader:
         if not self.table.swapped:
             return 1
         rows = (self.table.row(number) for number in range(self.table.program.tensor_count))
-        return max((self._unit(row.dtype) for row in rows if row.storage == storage), default=1)
+        units = (self._unit(row.dtype) for row in rows if row.storage == storage)
+        return max(units, default=self._own_unit(storage))
+
+    def _own_unit(self, storage: int) -> int:
+        """The same for a storage without tensors: that of its class. Untyped bytes stay as they are."""
+        dtype = self.table.storage_dtype(storage)
+        return self._unit(dtype) if dtype < len(DTYPES) else 1
 
     def storage_value(self, storage: int, untyped: Any = None) -> Any:
         """A storage that stands as a value: torch.UntypedStorage, or a TypedStorage where the file has a typed class."""
@@ -223,9 +269,7 @@ class TensorReader:
             if self._cache is not None:
                 untyped = self._cached_storage(storage)
             else:
-                dtype = self.table.storage_dtype(storage)
-                unit = self._unit(dtype) if dtype < len(DTYPES) else 1
-                untyped = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
+                untyped = self._storage(storage, 0, self.table.storage_nbytes(storage), self._own_unit(storage))
                 untyped = self.place.storage(untyped, self.table.program.locations[storage])
         dtype = self.table.storage_dtype(storage)
         if dtype >= len(DTYPES):
@@ -235,15 +279,53 @@ class TensorReader:
     # ---------------------------------------------------------------- a part of one tensor
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
         """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
-        torch, row = self.torch, self.table.row(leaf.number)
-        geometry, flips = index(self.table.geometry(row), wanted)
+        if leaf.composite is not None:
+            return self._slice_composite(leaf, self.table.composite(leaf.composite), wanted)
+        row = self.table.row(leaf.number)
+        return self._slice(row, self.table.geometry(row), wanted, leaf.requires_grad)
+
+    def slice_member(self, each: Member, wanted: Any) -> Any:
+        """The same of a dense part of a composite."""
+        row, geometry = self.table.member(each)
+        return self._slice(row, geometry, wanted, row.requires_grad)
+
+    def _slice_composite(self, leaf: Leaf, about: Composite, wanted: Any) -> Any:
+        if not is_sliceable(about):
+            parts = ", ".join(map(repr, about.members))
+            raise TypeError(
+                f"a {about.layout} {self.dtypes[about.dtype]} tensor of several parts is not sliced: read it whole, or "
+                f"slice a part of it, get_slice(key).part(name), with name one of {parts}"
+            )
+        each = next(iter(about.members.values()), None)
+        with self.torch.inference_mode(False), self.torch.no_grad():
+            if each is None:
+                assert leaf.composite is not None
+                whole = self.composite(leaf.composite, self._member, self._argument)
+                geometry, flips = index(Geometry(0, tuple(whole.size()), whole.stride()), wanted)
+                made = whole.as_strided(geometry.sizes, geometry.strides, geometry.storage_offset).flip(flips).clone()
+            else:
+                part = self.slice_member(each, wanted)
+                cut = about._replace(sizes=tuple(part.size()), strides=part.stride())
+                if about.axis is not None:
+                    cut = cut._replace(**_channels(about.sizes, about.axis, wanted))
+
+                def member(other: Member) -> Any:
+                    return part if other is each else self._member(other)
+
+                made = self._placed(compose(self.torch, cut, member, self._argument), about)
+            grad = leaf.requires_grad if leaf.parameter else about.requires_grad
+            return made.detach().requires_grad_() if grad else made.detach()
+
+    def _slice(self, row: Row, whole: Geometry, wanted: Any, requires_grad: bool) -> Any:
+        torch = self.torch
+        geometry, flips = index(whole, wanted)
         dtype = self._dtype(row.dtype)
         nbytes = numel(geometry.sizes) * row.itemsize
         is_run = nbytes > 0 and not flips and is_contiguous(geometry.sizes, geometry.strides)
         if is_run and self._is_as_it_is(row) and not torch.is_inference_mode_enabled():  # some rows: a step less
             (buffer,) = self._buffers([(row.storage, geometry.storage_offset * row.itemsize, nbytes)])
             made = torch.frombuffer(buffer, dtype=dtype).as_strided_(geometry.sizes, geometry.strides)
-            return made.requires_grad_() if leaf.requires_grad else made
+            return made.requires_grad_() if requires_grad else made
         with torch.inference_mode(False):
             if self.place.is_meta:
                 made = torch.empty(geometry.sizes, dtype=dtype, device="meta")
@@ -258,7 +340,7 @@ class TensorReader:
                 )
                 made = self.place.tensor(made, self.table.program.locations[row.storage])
                 made = self._finish(made, row._replace(flags=row.flags & ~1)).expand(geometry.sizes)
-        return made.requires_grad_() if leaf.requires_grad else made
+        return made.requires_grad_() if requires_grad else made
 
     def _is_as_it_is(self, row: Row) -> bool:
         """Whether bytes of a row become a tensor without a further step, but for requires_grad."""
@@ -384,7 +466,7 @@ class TensorReader:
         if self._cache is not None:
             return {storage: self._cached_storage(storage) for storage in wanted}
         table = self.table
-        extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {1})) for s in wanted]
+        extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
         read = self._storages(extents)
         locations = table.program.locations
         return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}
@@ -400,7 +482,7 @@ class TensorReader:
         def leaf(kind: int, payload: int) -> Any:
             return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
 
-        return Builder(self.table.program, leaf, self.special)
+        return _Builder(self, leaf, whole)
 
     # ---------------------------------------------------------------- values that are no tensors
     def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
@@ -425,17 +507,58 @@ def special_value(torch: Any, meaning: int, name: str, args: Sequence[Any], stat
     if meaning == Meaning.LAYOUT and len(args) == 1 and type(args[0]) is str:
         made = getattr(torch, args[0].removeprefix("torch."), None) if args[0] in _LAYOUTS else None
         return NOT_PLAIN if made is None else made
-    if meaning == Meaning.TYPED:
+    if meaning == Meaning.TYPED and len(args) == 3:  # a node of its own kind: tensor, class, state
         return _with_attributes(torch, args[0], args[2])
     if meaning in (Meaning.PARAMETER, Meaning.PARAMETER_WITH_STATE):
         stateful = meaning == Meaning.PARAMETER_WITH_STATE
         if len(args) == 3 + stateful and isinstance(args[0], torch.Tensor) and type(args[1]) is bool:
-            if args[1] and not (args[0].is_floating_point() or args[0].is_complex()):
-                raise TableError(NO_GRAD)
+            _check_grad(args[0], args[1])
             made = torch.nn.Parameter(args[0].detach(), args[1])
             made.__dict__.update(args[0].__dict__)
             return _with_attributes(torch, made, args[3] if stateful else None)
     return NOT_PLAIN
+
+
+def _channels(sizes: tuple[int, ...], axis: int, wanted: Any) -> dict[str, Any]:
+    """The fields of a Composite that say which channels a basic index leaves, and along which dimension."""
+    cut, flips = index(Geometry(0, sizes, tuple(int(dim == axis) for dim in range(len(sizes)))), wanted)
+    kept = [dim for dim, stride in enumerate(cut.strides) if stride]
+    if not kept:
+        return {"axis": None, "channels": [cut.storage_offset]}
+    (dim,) = kept
+    channels = range(cut.storage_offset, cut.storage_offset + cut.sizes[dim] * cut.strides[dim], cut.strides[dim])
+    return {"axis": dim, "channels": channels[::-1] if dim in flips else channels}
+
+
+def _check_grad(made: Any, wanted: bool) -> None:
+    if wanted and not (made.is_floating_point() or made.is_complex()):
+        raise TableError(NO_GRAD)
+
+
+class _Builder(Builder):
+    """A Builder that knows the composites, whose parts are views of the storages that were read."""
+
+    def __init__(self, reader: TensorReader, leaf: Callable[[int, int], Any], whole: Mapping[int, Any]) -> None:
+        super().__init__(reader.table.program, leaf, reader.special)
+        self._reader = reader
+        self._whole = whole
+
+    def call(self, node: int) -> Any:
+        program = self.program
+        meaning = program.meaning(node)
+        if not (meaning in COMPOSITES or meaning == Meaning.TYPED) or find(program, node) is None:
+            return super().call(node)
+        made = self._reader.composite(node, self._member, self.value)
+        if meaning == Meaning.TYPED:
+            first, _ = program.span(program.payloads[program.span(node)[0] + ARGS])
+            made = _with_attributes(self._reader.torch, made, self.value(first + 3))
+        return made
+
+    def _member(self, each: Member) -> Any:
+        if not isinstance(each, Dense):
+            return self.value(each)
+        row, geometry = self._reader.table.member(each)
+        return self._reader._view(self._whole[row.storage], row, geometry)
 
 
 _LAYOUTS = {"torch." + name for name in (
@@ -541,6 +664,13 @@ class _Place:
             return self.torch.empty_strided(made.size(), made.stride(), dtype=made.dtype, device="meta")
         empty = self.torch.empty(0, dtype=made.dtype, device=placed.device)
         return empty.set_(placed, made.storage_offset(), made.size(), made.stride())
+
+    def named(self, made: Any, location: str | None, *, is_cpu: bool) -> Any:
+        """A tensor of a device whose storages torch does not save, which stands on the CPU."""
+        device = self.device if is_cpu else None
+        if self._table is not None:
+            device = self._table.get(location or "")
+        return made if device is None else made.to(device)
 
     def cast(self, made: Any) -> Any:
         """To the dtype that was asked for. Elements that many indices share, as expanded ones, are cast once."""
