@@ -385,6 +385,7 @@ class Machine {
   Value float_of_bits(std::uint64_t bits);
   Value long_bytes(Span little_endian);
   Value decimal(Span text);
+  Value numeral(std::int64_t n);
   std::uint64_t slot(Span text) const;
   void need_digits(Span text) const;
   Span line(Cursor& cursor) const;
@@ -579,6 +580,16 @@ Value Machine::decimal(Span text) {
   }
   longs_.push({text, true});
   return Value(Kind::long_, longs_.size() - 1);
+}
+
+// The decimal text of an integer >= 0; any other stays what it is.
+Value Machine::numeral(std::int64_t n) {
+  if (n < 0) {
+    return integer(n);
+  }
+  const std::string& digits = graph_.recoded.emplace_back(std::to_string(n));
+  graph_.texts.push(Text(Span(digits.data(), digits.size()), true));
+  return Value(Kind::str, graph_.texts.size() - 1);
 }
 
 // The memo slot that a text integer names. What no slot can have, negative or too large, is kMaxSlot + 1.
@@ -824,13 +835,13 @@ Value Machine::global(Value module, Value name) {
   return Value(Kind::global, place.first->second);
 }
 
-// ('storage', class, key, location, numel), and nothing else.
+// ('storage', class, key, location, numel), and nothing else. torch.package counts its keys in integers.
 Value Machine::persistent(Value pid) {
   const Values parts = pid.is(Kind::tuple) ? children(pid) : Values{};
   if (parts.size != 5 || !says(parts[0], "storage")) {
     fail("a persistent id must be ('storage', class, key, location, numel)");
   }
-  const Value& key = parts[2];
+  const Value key = is_integer(parts[2]) ? numeral(integer_of(parts[2])) : parts[2];
   const Value& location = parts[3];
   const Value& numel = parts[4];
   const std::uint32_t action = action_of(parts[1]);
@@ -838,7 +849,7 @@ Value Machine::persistent(Value pid) {
     fail("a persistent id names a class that is no storage class");
   }
   if (!key.is(Kind::str) || !location.is(Kind::str)) {
-    fail("a persistent id's key and location must be strings");
+    fail("a persistent id's key must be a string or an integer from 0 to 2**63 - 1, its location a string");
   }
   if (!is_integer(numel) || integer_of(numel) < 0) {
     fail("a persistent id's element count must be an integer from 0 to 2**63 - 1");

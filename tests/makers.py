@@ -376,10 +376,12 @@ class Pickle:
         """An empty OrderedDict: the hooks of every tensor."""
         return self.name("collections", "OrderedDict").raw(b")R")
 
-    def storage(self, cls: str, key: str, numel: int, location: str = "cpu") -> Pickle:
-        """A persistent id. `cls` is a name in torch, or "UntypedStorage"."""
+    def storage(self, cls: str, key: str | int, numel: int, location: str = "cpu") -> Pickle:
+        """A persistent id. `cls` is a name in torch, or "UntypedStorage"; torch.package has integers as keys."""
         module = "torch.storage" if cls == "UntypedStorage" else "torch"
-        self.mark().text("storage").name(module, cls).text(key).text(location).integer(numel)
+        self.mark().text("storage").name(module, cls)
+        self.text(key) if isinstance(key, str) else self.integer(key)
+        self.text(location).integer(numel)
         return self.raw(b"tQ")
 
     def tensor(

@@ -105,6 +105,7 @@ def atoms(draw: Draw) -> bytes:
         lambda: piece(lambda p: p.get(draw(SLOTS))),
         lambda: b"g%d\n" % draw(SLOTS),
         lambda: piece(lambda p: p.storage(draw(st.sampled_from(STORAGES)), short, draw(SMALL), draw(TEXTS))),
+        lambda: piece(lambda p: p.storage("ByteStorage", draw(INTEGERS), draw(SMALL), short)),
         lambda: piece(lambda p: p.ordered_dict()),
     ]
     return bytes(draw(st.sampled_from(written))())
@@ -310,6 +311,7 @@ def sound_atoms(draw: Draw) -> bytes:
         lambda: sized(b"T", "<i", draw(st.binary(max_size=8))),
         lambda: piece(lambda p: p.get(draw(st.sampled_from(SHARED[1])))),
         lambda: piece(lambda p: p.storage(cls, f"{cls}{numel}", numel, draw(WORDS))),
+        lambda: piece(lambda p: p.storage("ByteStorage", numel, numel, draw(WORDS))),
     )
     return bytes(draw(st.sampled_from(written))())
 

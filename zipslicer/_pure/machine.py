@@ -173,7 +173,7 @@ class Machine:
         return found
 
     def persistent(self, pid: Any, at: int) -> Storage:
-        """('storage', class, key, location, numel), and nothing else."""
+        """('storage', class, key, location, numel), and nothing else. torch.package counts its keys in integers."""
         if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
             kind = pid[0] if type(pid) is tuple and pid and type(pid[0]) is str else type(pid).__name__
             raise ProgramError(
@@ -182,8 +182,13 @@ class Machine:
         _, cls, key, location, numel = pid
         if type(cls) is not Global or cls.verb != V_STORAGE:
             raise ProgramError("a persistent id names a class that is no storage class", offset=at)
+        if type(key) is int and 0 <= key <= INT64_MAX:
+            key = str(key)
         if type(key) is not str or type(location) is not str:
-            raise ProgramError("a persistent id's key and location must be strings", offset=at)
+            raise ProgramError(
+                "a persistent id's key must be a string or an integer from 0 to 2**63 - 1, its location a string",
+                offset=at,
+            )
         if type(numel) is not int or not 0 <= numel <= INT64_MAX:
             raise ProgramError("a persistent id's element count must be an integer from 0 to 2**63 - 1", offset=at)
         action = cls.action
