@@ -85,15 +85,17 @@ def test_the_same_functions(native: Any) -> None:
 # --- scan_pickle ------------------------------------------------------------------------------------------------------
 
 
-FULL_LIMITS = (*strategies.FULL, False)
+FULL_LIMITS = (*strategies.FULL, False, 0)
 
 
 def scan(native: Any, program: bytes, limits: Sequence[int]) -> tuple[Any, ...]:
     return compare(native, "scan_pickle", program, policy.actions(), limits)
 
 
-@given(program=strategies.damaged(strategies.programs()), limits=strategies.machine_limits())
-def test_programs(native: Any, program: bytes, limits: Sequence[int]) -> None:
+@given(limits=strategies.machine_limits(), data=st.data())
+def test_programs(native: Any, limits: Sequence[int], data: st.DataObject) -> None:
+    program = data.draw(strategies.damaged(strategies.programs_of(limits[-1])))
+    event(f"dialect {limits[-1]}")
     told(scan(native, program, limits))
 
 
