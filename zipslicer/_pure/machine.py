@@ -62,7 +62,14 @@ class Storage:
     __slots__ = ("dtype", "itemsize", "key", "location", "nbytes", "offset", "root", "start", "traits")
 
     def __init__(
-        self, key: str, location: str, action: int, nbytes: int, offset: int, root: Storage | None = None, start: int = 0
+        self,
+        key: str,
+        location: str,
+        action: int,
+        nbytes: int,
+        offset: int,
+        root: Storage | None = None,
+        start: int = 0,
     ) -> None:
         self.key = key
         self.location = location
@@ -153,9 +160,7 @@ class Machine:
 
     def __init__(self, actions: Mapping[tuple[str, str], int], limits: Sequence[int], program_nbytes: int) -> None:
         self.actions = actions
-        self.depth, self.dimensions, self.text_nbytes, self.long_nbytes, self.tuple_keys, refuse, self.dialect = (
-            limits
-        )
+        self.depth, self.dimensions, self.text_nbytes, self.long_nbytes, self.tuple_keys, refuse, self.dialect = limits
         self.refuse_unknown = bool(refuse)
         self.globals: dict[tuple[str, str], Global] = {}
         self.storages: dict[str, Storage] = {}
@@ -244,7 +249,8 @@ class Machine:
         found = self.storages.setdefault(given.key, given)
         if found.root is not given.root or found.start != given.start:
             raise ProgramError(
-                f"storage {given.key!r} is a view in one persistent id, and something else in another", offset=given.offset
+                f"storage {given.key!r} is a view in one persistent id, and something else in another",
+                offset=given.offset,
             )
         if found.nbytes != given.nbytes:
             raise ProgramError(
@@ -322,9 +328,7 @@ class Machine:
             if type(given) is not Global or given.verb != V_DTYPE:
                 raise ProgramError("a tensor's dtype is no dtype of torch", offset=at)
             if itemsize != 1 or storage.root is not None:
-                raise ProgramError(
-                    "a tensor with a dtype of its own needs an untyped storage, a whole one", offset=at
-                )
+                raise ProgramError("a tensor with a dtype of its own needs an untyped storage, a whole one", offset=at)
             dtype, itemsize, traits = given.action >> 8 & 0xFF, given.action >> 16 & 0xFF, given.action >> 24
         flags = 0
         if verb != V_TENSOR:
@@ -339,9 +343,7 @@ class Machine:
         start = storage_offset + storage.start  # in the storage that has the bytes
         if start > INT64_MAX:
             raise TableError("a tensor's extent passes 2**63 - 1 elements", offset=at)
-        return Tensor(
-            storage.root or storage, dtype, itemsize, start, len(sizes), sizes + strides, flags, at, extent
-        )
+        return Tensor(storage.root or storage, dtype, itemsize, start, len(sizes), sizes + strides, flags, at, extent)
 
     def integers(self, value: Any, at: int) -> list[int]:
         """A size or stride: a tuple, a list, or torch.Size(tuple)."""
