@@ -30,8 +30,8 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 10 * sizeof(std::int64_t));
 
-// Of `flags`, above the 16 that ZIP has: before the payload stands no local header but, as eight little-endian bytes, the
-// count of its elements, which must be `crc`. So it is in the stream format of torch before 1.6.
+// Of `flags`, above the 16 that ZIP has: before the payload stands no local header but, as eight little-endian bytes,
+// the count of its elements, which must be `crc`. So it is in the stream format of torch before 1.6.
 constexpr std::int64_t kCounted = 1 << 16;
 constexpr std::uint64_t kCountNbytes = 8;
 

@@ -878,8 +878,7 @@ Value Machine::persistent(Value pid) {
   }
 
   const std::size_t place = note({key.index(), location.index(), nbytes, at_, action});
-  return is_stream && !parts[5].is(Kind::none) ? view(place, integer_of(numel), parts[5])
-                                               : Value(Kind::storage, place);
+  return is_stream && !parts[5].is(Kind::none) ? view(place, integer_of(numel), parts[5]) : Value(Kind::storage, place);
 }
 
 // What a tar file has for tensors and storages: their keys in two other members, or (class, source file, source).
@@ -1077,8 +1076,9 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
   if (!add(storage_offset, storage.start, &start)) {
     fail_table("a tensor's extent passes 2**63 - 1 elements");
   }
-  tensors_.push({storage.root == kNone ? args[0].index() : storage.root, start, dims, at_, reach, static_cast<std::uint32_t>(ndim),
-                 static_cast<std::uint8_t>(dtype_of(type)), static_cast<std::uint8_t>(itemsize_of(type)), flags});
+  tensors_.push({storage.root == kNone ? args[0].index() : storage.root, start, dims, at_, reach,
+                 static_cast<std::uint32_t>(ndim), static_cast<std::uint8_t>(dtype_of(type)),
+                 static_cast<std::uint8_t>(itemsize_of(type)), flags});
   return Value(Kind::tensor, tensors_.size() - 1);
 }
 

@@ -17,7 +17,7 @@ from zipslicer.backend import Backend
 PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
-    "errors", "backend", "source", "policy", "archive", "program", "plan", "table", "arrays", "tensors", "state_dict",
+    "errors", "backend", "source", "policy", "archive", "program", "legacy", "plan", "table", "arrays", "tensors", "state_dict",
     "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}

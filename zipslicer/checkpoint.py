@@ -67,7 +67,8 @@ class Checkpoint:
     @property
     def window(self) -> tuple[int, int]:
         """(offset, nbytes) of this checkpoint in its file. Streams of torch before 1.6 may follow each other in one file:
-        the next one begins where this one ends, and open(..., window=...) takes it."""
+        the next one begins where this one ends, and open(..., window=...) takes it.
+        """
         archive = self._view.table.archive
         return archive.base, archive.nbytes
 
