@@ -264,7 +264,10 @@ def read_records(
         pieces += _pieces(payload + start, view)
     try:
         _read(handle, pieces, threads)
-        for record, (_, head) in heads.items():
+        for record in sorted(
+            heads, key=lambda record: rows[record * ENTRY_FIELDS]
+        ):  # of two bad ones the first is told
+            _, head = heads[record]
             _prove(preadv, bytes(head), block, entries, record)
     except ArchiveError:
         _check_stamp(handle, stamp)
