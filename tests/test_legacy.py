@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import makers
@@ -16,6 +18,7 @@ torch = pytest.importorskip("torch")
 import zipslicer  # noqa: E402
 from zipslicer.errors import (  # noqa: E402
     ArchiveError,
+    ChangedError,
     ProgramError,
     TableError,
     UnsafeError,
@@ -225,6 +228,18 @@ def test_damage_is_an_error_or_shows(content: bytes) -> None:
             return False
 
     assert sum(map(stands, range(end))) < end / 2
+
+
+@pytest.mark.parametrize("content", [STREAM, TAR], ids=["stream", "tar"])
+def test_it_pickles_as_its_path_and_knows_another_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    path.write_bytes(content)
+    packed = pickle.dumps(zipslicer.load(path))
+    again = pickle.loads(packed)
+    assert [again[key].flatten().tolist() for key in again] == [[1, 2, 3, 4]] * 2
+    path.write_bytes(content.replace(b"X\1\0\0\0w", b"X\1\0\0\0W") if content is TAR else makers.stream(two(), {}))
+    with pytest.raises(ChangedError):
+        pickle.loads(packed)
 
 
 # --- tar files --------------------------------------------------------------------------------------------------------
