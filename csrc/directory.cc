@@ -441,6 +441,19 @@ void widen_local(Span extra, std::uint64_t& nbytes, std::uint64_t& stored) {
   }
 }
 
+std::uint64_t parse_count(Span head, const Entry& entry) {
+  const auto header = static_cast<std::uint64_t>(entry.header_offset);
+  if (head.size < kCountNbytes) {
+    refuse(header, "the element count of a storage is cut short");
+  }
+  const std::uint64_t count = Cursor(head, Blame::archive).u64();
+  if (count != static_cast<std::uint64_t>(entry.crc)) {
+    refuse(header, "a storage of " + std::to_string(static_cast<std::int64_t>(count)) +
+                       " elements stands where the pickle has one of " + std::to_string(entry.crc));
+  }
+  return header + kCountNbytes;
+}
+
 }  // namespace
 
 std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::size_t count, Span prefix,
@@ -484,7 +497,10 @@ std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::si
   return found;
 }
 
-std::uint64_t local_header_nbytes(Span head) {
+std::uint64_t local_header_nbytes(Span head, const Entry& entry) {
+  if ((entry.flags & kCounted) != 0) {
+    return kCountNbytes;
+  }
   if (head.size < kLocalNbytes) {
     return kLocalNbytes;
   }
@@ -499,6 +515,9 @@ std::uint64_t local_header_nbytes(Span head) {
 
 std::uint64_t parse_local_header(Span head, Span block, const Entry& entry) {
   const auto header = static_cast<std::uint64_t>(entry.header_offset);
+  if ((entry.flags & kCounted) != 0) {
+    return parse_count(head, entry);
+  }
   const auto name_start = static_cast<std::uint64_t>(entry.name_start);
   const auto name_nbytes = static_cast<std::uint64_t>(entry.name_nbytes);
   if (name_start > block.size || name_nbytes > block.size - name_start) {

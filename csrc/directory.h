@@ -30,6 +30,11 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 10 * sizeof(std::int64_t));
 
+// Of `flags`, above the 16 that ZIP has: before the payload stands no local header but, as eight little-endian bytes,
+// the count of its elements, which must be `crc`. So it is in the stream format of torch before 1.6.
+constexpr std::int64_t kCounted = 1 << 16;
+constexpr std::uint64_t kCountNbytes = 8;
+
 constexpr std::uint64_t kLocalNbytes = 30;    // of a local header before its name
 constexpr std::uint64_t kCentralNbytes = 46;  // of a central header before its name
 
@@ -54,7 +59,7 @@ std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::si
                                        const std::vector<Span>& names);
 
 // How long a local header says it is, of which `head` holds a first part; kLocalNbytes if it does not say.
-std::uint64_t local_header_nbytes(Span head);
+std::uint64_t local_header_nbytes(Span head, const Entry& entry);
 
 // The first bytes of a record -> offset of its payload; proves that local header and directory agree.
 // Throws Error(archive), also if `head` ends before the header does; std::out_of_range for an entry that is not of

@@ -97,7 +97,7 @@ std::uint64_t prove(Reader& reader, const Archive& archive, std::size_t record, 
   Entry& entry = archive.entries[record];
   std::vector<unsigned char> whole;
   const std::uint64_t room = static_cast<std::uint64_t>(entry.limit) - header_of(entry);
-  const auto wanted = static_cast<std::size_t>(std::min(local_header_nbytes(head), room));
+  const auto wanted = static_cast<std::size_t>(std::min(local_header_nbytes(head, entry), room));
   if (wanted > head.size) {
     whole.resize(wanted);
     fill(reader, whole.data(), wanted, header_of(entry));
@@ -614,7 +614,7 @@ bool read_unproved_cached(const PosixReader& reader, const Archive& archive, std
   }
   const Span head(scratch, static_cast<std::size_t>(predicted - header));
   try {
-    if (local_header_nbytes(head) != head.size || parse_local_header(head, archive.block, entry) != predicted) {
+    if (local_header_nbytes(head, entry) != head.size || parse_local_header(head, archive.block, entry) != predicted) {
       return false;
     }
   } catch (const Error&) {  // told by the read that waits, which looks first whether the file was changed

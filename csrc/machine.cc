@@ -25,6 +25,8 @@ constexpr std::size_t kMaxGuess = 1 << 26;      // bytes of program for which me
 constexpr std::uint32_t kUntyped = 255;
 constexpr std::uint32_t kDifferentiable = 1;
 constexpr std::uint32_t kComplex = 2;
+constexpr std::int64_t kStream = 1;  // dialects
+constexpr std::int64_t kTar = 2;
 
 enum Verb : std::uint8_t {
   kVerbOrderedDict = 1,
@@ -141,6 +143,8 @@ struct Storage {
   std::int64_t nbytes;
   std::uint64_t offset;
   std::uint32_t action;
+  std::size_t root = kNone;  // of a view (streams before torch 0.4): the storage that it is a part of
+  std::int64_t start = 0;    // of a view: in elements of its root
   std::int64_t id = -1;
 };
 
@@ -385,6 +389,7 @@ class Machine {
   Value float_of_bits(std::uint64_t bits);
   Value long_bytes(Span little_endian);
   Value decimal(Span text);
+  Value numeral(std::int64_t n);
   std::uint64_t slot(Span text) const;
   void need_digits(Span text) const;
   Span line(Cursor& cursor) const;
@@ -407,6 +412,9 @@ class Machine {
   // Calls.
   Value global(Value module, Value name);
   Value persistent(Value pid);
+  Value tar_key(Value pid);
+  Value view(std::size_t root, std::int64_t numel, Value metadata);
+  std::size_t note(const Storage& given);
   Value call(Kind kind, Value callable, Value args, Value kwargs);
   Value reduce(Value callable, Value args);
   Value ordered_dict(Values args);
@@ -428,6 +436,8 @@ class Machine {
   [[nodiscard]] bool says(Value value, std::string_view word) const {
     return value.is(Kind::str) && letters(value.index()) == word;
   }
+  // A class as a persistent id may give it: a name, or what a call has made.
+  [[nodiscard]] static bool is_class(Value value) { return value.is(Kind::global) || value.is_call(); }
   [[nodiscard]] static bool is_integer(Value value) { return value.is(Kind::int_) || value.is(Kind::wide); }
   // REQUIRES: is_integer(value).
   [[nodiscard]] std::int64_t integer_of(Value value) const {
@@ -579,6 +589,16 @@ Value Machine::decimal(Span text) {
   }
   longs_.push({text, true});
   return Value(Kind::long_, longs_.size() - 1);
+}
+
+// The decimal text of an integer >= 0; any other stays what it is.
+Value Machine::numeral(std::int64_t n) {
+  if (n < 0) {
+    return integer(n);
+  }
+  const std::string& digits = graph_.recoded.emplace_back(std::to_string(n));
+  graph_.texts.push(Text(Span(digits.data(), digits.size()), true));
+  return Value(Kind::str, graph_.texts.size() - 1);
 }
 
 // The memo slot that a text integer names. What no slot can have, negative or too large, is kMaxSlot + 1.
@@ -824,13 +844,22 @@ Value Machine::global(Value module, Value name) {
   return Value(Kind::global, place.first->second);
 }
 
-// ('storage', class, key, location, numel), and nothing else.
+// ('storage', class, key, location, numel), and nothing else. torch.package counts its keys in integers. A stream has a
+// sixth part, for views, and ('module', class, source file, source), of which the class is all that counts.
 Value Machine::persistent(Value pid) {
-  const Values parts = pid.is(Kind::tuple) ? children(pid) : Values{};
-  if (parts.size != 5 || !says(parts[0], "storage")) {
-    fail("a persistent id must be ('storage', class, key, location, numel)");
+  if (limits_.dialect == kTar) {
+    return tar_key(pid);
   }
-  const Value& key = parts[2];
+  const bool is_stream = limits_.dialect == kStream;
+  const Values parts = pid.is(Kind::tuple) ? children(pid) : Values{};
+  if (is_stream && parts.size == 4 && says(parts[0], "module") && is_class(parts[1])) {
+    return parts[1];
+  }
+  if (parts.size != (is_stream ? 6 : 5) || !says(parts[0], "storage")) {
+    fail(is_stream ? "a persistent id must be ('storage', class, key, location, numel, view)"
+                   : "a persistent id must be ('storage', class, key, location, numel)");
+  }
+  const Value key = is_integer(parts[2]) ? numeral(integer_of(parts[2])) : parts[2];
   const Value& location = parts[3];
   const Value& numel = parts[4];
   const std::uint32_t action = action_of(parts[1]);
@@ -838,7 +867,7 @@ Value Machine::persistent(Value pid) {
     fail("a persistent id names a class that is no storage class");
   }
   if (!key.is(Kind::str) || !location.is(Kind::str)) {
-    fail("a persistent id's key and location must be strings");
+    fail("a persistent id's key must be a string or an integer from 0 to 2**63 - 1, its location a string");
   }
   if (!is_integer(numel) || integer_of(numel) < 0) {
     fail("a persistent id's element count must be an integer from 0 to 2**63 - 1");
@@ -848,25 +877,68 @@ Value Machine::persistent(Value pid) {
     fail("a storage's size in bytes passes 2**63 - 1");
   }
 
-  std::size_t& place = storage_of(key.index());
+  const std::size_t place = note({key.index(), location.index(), nbytes, at_, action});
+  return is_stream && !parts[5].is(Kind::none) ? view(place, integer_of(numel), parts[5]) : Value(Kind::storage, place);
+}
+
+// What a tar file has for tensors and storages: their keys in two other members, or (class, source file, source).
+Value Machine::tar_key(Value pid) {
+  const Values parts = pid.is(Kind::tuple) ? children(pid) : Values{};
+  if (parts.size == 3 && is_class(parts[0])) {
+    return parts[0];
+  }
+  const Value key = is_integer(pid) ? numeral(integer_of(pid)) : pid;
+  if (!key.is(Kind::str)) {
+    fail("a persistent id must be the key of a tensor or storage");
+  }
+  const Value nowhere = text(Span("", 0));
+  return Value(Kind::storage, note({key.index(), nowhere.index(), 0, at_, 0}));
+}
+
+// (key, offset, size) in elements: a part of a storage, without bytes of its own.
+Value Machine::view(std::size_t root, std::int64_t numel, Value metadata) {
+  const Values parts = metadata.is(Kind::tuple) ? children(metadata) : Values{};
+  if (parts.size != 3) {
+    fail("a view of a storage must be (key, offset, size)");
+  }
+  const Value key = is_integer(parts[0]) ? numeral(integer_of(parts[0])) : parts[0];
+  if (!key.is(Kind::str) || !is_integer(parts[1]) || !is_integer(parts[2])) {
+    fail("a view of a storage must be (key, offset, size)");
+  }
+  const std::int64_t start = integer_of(parts[1]);
+  const std::int64_t size = integer_of(parts[2]);
+  if (start < 0 || size < 0 || start > numel || size > numel - start) {
+    fail_table("a view reaches outside its storage");
+  }
+  const Storage whole = storages_[root];
+  return Value(Kind::storage, note({key.index(), whole.location, size * std::int64_t{itemsize_of(whole.action)}, at_,
+                                    whole.action, root, start}));
+}
+
+// The storage with this key: noted now, or checked against what was noted before.
+std::size_t Machine::note(const Storage& given) {
+  std::size_t& place = storage_of(given.key);
   if (place == kNone) {
     place = storages_.size();
-    storages_.push({key.index(), location.index(), nbytes, at_, action});
-    return Value(Kind::storage, place);
+    storages_.push(given);
+    return place;
   }
   const Storage& found = storages_[place];
-  if (found.nbytes != nbytes) {
-    fail("storage " + quoted(letters(key.index())) + " has " + std::to_string(found.nbytes) +
-         " bytes in one persistent id, " + std::to_string(nbytes) + " in another");
+  if (found.root != given.root || found.start != given.start) {
+    fail("storage " + quoted(letters(given.key)) + " is a view in one persistent id, and something else in another");
+  }
+  if (found.nbytes != given.nbytes) {
+    fail("storage " + quoted(letters(given.key)) + " has " + std::to_string(found.nbytes) +
+         " bytes in one persistent id, " + std::to_string(given.nbytes) + " in another");
   }
   const std::uint32_t one = dtype_of(found.action);
-  const std::uint32_t two = dtype_of(action);
+  const std::uint32_t two = dtype_of(given.action);
   // Bytes without a type and bytes as uint8 are the one pair of classes that torch.save mixes under one key.
   const bool byte_like = (one == kUntyped && two == uint8_) || (one == uint8_ && two == kUntyped);
   if (one != two && !(itemsize_of(found.action) == 1 && byte_like)) {
-    fail("storage " + quoted(letters(key.index())) + " has two element types");
+    fail("storage " + quoted(letters(given.key)) + " has two element types");
   }
-  return Value(Kind::storage, place);
+  return place;
 }
 
 Value Machine::call(Kind kind, Value callable, Value args, Value kwargs) {
@@ -961,7 +1033,7 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
   if (args.size < fewest || args.size > fewest + (verb == kVerbTensor ? 0 : 1)) {
     fail("a tensor is rebuilt with " + std::to_string(args.size) + " arguments");
   }
-  if (!args[0].is(Kind::storage)) {
+  if (!args[0].is(Kind::storage) || limits_.dialect == kTar) {
     fail("a tensor is rebuilt on something that is no storage");
   }
   if (!is_integer(args[1])) {
@@ -980,8 +1052,8 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
     if (verb_of(action_of(args[6])) != kVerbDtype) {
       fail("a tensor's dtype is no dtype of torch");
     }
-    if (itemsize_of(type) != 1) {
-      fail("a tensor with a dtype of its own needs an untyped storage");
+    if (itemsize_of(type) != 1 || storage.root != kNone) {
+      fail("a tensor with a dtype of its own needs an untyped storage, a whole one");
     }
     type = action_of(args[6]);
   }
@@ -1000,8 +1072,13 @@ Value Machine::tensor(std::uint32_t verb, Values args) {
   }
   const std::int64_t reach =
       extent(storage, itemsize_of(type), storage_offset, &dims_[dims], &dims_[dims] + ndim, ndim);
-  tensors_.push({args[0].index(), storage_offset, dims, at_, reach, static_cast<std::uint32_t>(ndim),
-                 static_cast<std::uint8_t>(dtype_of(type)), static_cast<std::uint8_t>(itemsize_of(type)), flags});
+  std::int64_t start = 0;  // in the storage that has the bytes
+  if (!add(storage_offset, storage.start, &start)) {
+    fail_table("a tensor's extent passes 2**63 - 1 elements");
+  }
+  tensors_.push({storage.root == kNone ? args[0].index() : storage.root, start, dims, at_, reach,
+                 static_cast<std::uint32_t>(ndim), static_cast<std::uint8_t>(dtype_of(type)),
+                 static_cast<std::uint8_t>(itemsize_of(type)), flags});
   return Value(Kind::tensor, tensors_.size() - 1);
 }
 
@@ -1294,6 +1371,7 @@ Value Machine::run() {
         }
         case STOP: {
           const Value root = stack.pop();
+          graph_.nbytes = cursor.position();
           if (!stack.empty()) {
             fail("STOP with values or marks left on the stack");
           }
@@ -1446,12 +1524,26 @@ Graph Machine::flatten(Value root) {
         graph_.blobs.push(blobs_[value.index()]);
         break;
       case Kind::global: payload = global_id(globals_[value.index()]); break;
-      case Kind::storage: payload = storage_id(storages_[value.index()]); break;
+      case Kind::storage: {
+        Storage& storage = storages_[value.index()];
+        if (storage.root != kNone) {
+          throw Error(Blame::unsupported, storage.offset, "a view of a storage stands as a value");
+        }
+        payload = storage_id(storage);
+        break;
+      }
       case Kind::tensor: payload = tensor_id(tensors_[value.index()]); break;
       default: payload = node_id(value, depth, pool); break;
     }
     graph_.kinds.push(kind);
     graph_.payloads.push(payload);
+  }
+  if (limits_.dialect == kStream) {  // whose bytes lie one after the other: where one is depends on all before it
+    for (std::size_t i = 0; i < storages_.size(); ++i) {
+      if (storages_[i].root == kNone) {
+        storage_id(storages_[i]);
+      }
+    }
   }
   return std::move(graph_);
 }

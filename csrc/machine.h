@@ -78,6 +78,7 @@ struct Limits {
   std::int64_t long_nbytes;
   std::int64_t tuple_keys;
   bool refuse_unknown;
+  std::int64_t dialect;  // of persistent ids: 0 ZIP archive, 1 stream, 2 tar
 };
 
 // A string of the program, always UTF-8 in which surrogates may be encoded (Python's "surrogatepass").
@@ -132,6 +133,7 @@ struct Graph {
   Column<std::size_t> locations{*arena};
   Column<std::int64_t> tensors{*arena};
   Column<std::int64_t> dims{*arena};
+  std::size_t nbytes = 0;  // of the program, STOP included
 
   Column<Text> texts{*arena};
   std::deque<std::string> recoded;  // what texts point to that is not in the program: Latin-1, as UTF-8

@@ -173,7 +173,7 @@ py::tuple graph_to_python(const Graph& graph) {
                 return py::make_tuple(strings[graph.globals[2 * i]], strings[graph.globals[2 * i + 1]]);
               }),
       columns(graph.storages), joined_keys(graph), strings.list(graph.locations), columns(graph.tensors),
-      columns(graph.dims));
+      columns(graph.dims), graph.nbytes);
 }
 
 // The UTF-8 of a Python string, which `keep` holds if the string does not.
@@ -215,11 +215,11 @@ Actions actions_of(const py::object& mapping) {
 }
 
 Limits limits_of(const py::sequence& limits) {
-  if (limits.size() != 6) {
-    throw py::value_error("limits must be the six of backend.Limits");
+  if (limits.size() != 7) {
+    throw py::value_error("limits must be the seven of backend.Limits");
   }
   const auto limit = [&](std::size_t i) { return limits[i].cast<std::int64_t>(); };
-  return {limit(0), limit(1), limit(2), limit(3), limit(4), limit(5) != 0};
+  return {limit(0), limit(1), limit(2), limit(3), limit(4), limit(5) != 0, limit(6)};
 }
 
 }  // namespace

@@ -34,7 +34,6 @@ from zipslicer.errors import ArchiveError, ProgramError, TableError, Unsupported
 from zipslicer.table import dotted
 
 LATER: Mapping[str, str] = {
-    "37": "the stream and tar formats before ZIP",
     "38": "TorchScript, torch.export and torch.package archives",
 }
 
@@ -1417,6 +1416,89 @@ def no_byteorder(folder: Path) -> Outcome:
         return None if name.endswith("/byteorder") else data
 
     return Loads(makers.edited(saved(tree), drop).data, tree)
+
+
+# --- case 37: before ZIP ---
+
+
+def saved_as_stream(tree: object) -> bytes:
+    target = io.BytesIO()
+    torch.save(tree, target, _use_new_zipfile_serialization=False)
+    return target.getvalue()
+
+
+@case("37a")
+def stream(folder: Path) -> Outcome:
+    w = count(12).reshape(3, 4)
+    tree = collections.OrderedDict(
+        w=w,
+        row=w[1],
+        half=count(3, torch.float16),
+        none=torch.empty(0),
+        parameter=torch.nn.Parameter(count(2)),
+        conj=torch.complex(count(2), count(2)).conj(),
+    )
+    return Loads(saved_as_stream(tree), tree)
+
+
+@case("37b")
+def stream_with_a_view_of_a_storage(folder: Path) -> Outcome:
+    """Elements 2 to 5 of storage 100 are storage 101, and the tensor begins at its second one."""
+    root = count(6)
+    program = Pickle().dict(
+        {
+            "root": lambda p: p.tensor("FloatStorage", "100", 6, size=[6], stride=[1], view=""),
+            "view": lambda p: p.tensor(
+                "FloatStorage", "100", 6, size=[2], stride=[1], storage_offset=1, view=("101", 2, 3)
+            ),
+        }
+    )
+    file = makers.stream(program.stop(), {"100": (6, root.numpy().tobytes())})
+    return Loads(file, {"root": root, "view": root[3:5]})
+
+
+@case("37c")
+def stream_of_a_module(folder: Path) -> Outcome:
+    """Its class comes by ('module', class, source file, source), which is the class and no more."""
+
+    def write(pickle: Pickle) -> None:
+        pickle.mark().text("module").name(TRAP, "Net").text(f"{TRAP}.py").text("raise SystemExit").raw(b"tQ)\x81}(")
+        pickle.text("w").tensor("FloatStorage", "0", 2, size=[2], stride=[1], view="").raw(b"ub")
+
+    program = Pickle().dict({"net": write}).stop()
+    file = makers.stream(program, {"0": (2, count(2).numpy().tobytes())})
+    return Loads(file, {"net": Inert(f"{TRAP}.Net", state={"w": count(2)}, new=True)})
+
+
+@case("37d")
+def two_streams_in_one_file(folder: Path) -> Outcome:
+    first, second = saved_as_stream({"x": count(3)}), saved_as_stream({"y": count(4)})
+    return Loads(first + second, {"y": count(4)}, {"window": (len(first), len(second))})
+
+
+@case("37e")
+def tar(folder: Path) -> Outcome:
+    root, tail = count(6), count(2, torch.int64, first=7)
+    storages = [(1, "FloatStorage", 6, root.numpy().tobytes()), (2, "LongStorage", 2, tail.numpy().tobytes())]
+    tensors = [(11, 1, [2, 3], [3, 1], 0), (12, 2, [2], [1], 0), (13, 3, [2], [1], 1)]
+    program = Pickle().dict(
+        {
+            "a": lambda p: p.text("11").raw(b"Q"),
+            "b": lambda p: p.integer(12).raw(b"Q"),
+            "view": lambda p: p.text("13").raw(b"Q"),
+            "again": lambda p: p.text("11").raw(b"Q"),
+        }
+    )
+    file = makers.tar(makers.tar_members(storages, [(3, 1, 2, 3)], tensors, program.stop()))
+    a = root.reshape(2, 3)
+    return Loads(file, {"a": a, "b": tail, "view": root[3:5], "again": a})
+
+
+@case("37f")
+def stream_of_new_dtypes(folder: Path) -> Outcome:
+    """Untyped storages in a stream: torch.save writes them, and no torch.load reads them."""
+    tree = {"u": pattern(6, torch.uint16), "f8": pattern(6, torch.float8_e5m2), "w": count(3)}
+    return Loads(saved_as_stream(tree), tree)
 
 
 # --- case 39: damage --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import pickletools
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -304,6 +305,64 @@ def checkpoint(
     return archive.finish()
 
 
+# --- before ZIP ---
+
+
+def stream(program: bytes, storages: Mapping[str, tuple[int, bytes]], *, keys: Sequence[str] | None = None) -> bytes:
+    """What torch.save wrote before 1.6: five pickles, then (element count, bytes) of each storage, in the keys' order."""
+    listed = Pickle().raw(b"](")
+    for key in storages if keys is None else keys:
+        listed.text(key)
+    head = Pickle().integer(0x1950A86A20F9469CFC6C).stop() + Pickle().integer(1001).stop() + Pickle().raw(b"}").stop()
+    tail = b"".join(struct.pack("<q", count) + data for count, data in storages.values())
+    return head + program + listed.raw(b"e").stop() + tail
+
+
+def tar(members: Mapping[str, bytes]) -> bytes:
+    """A tar file with the extended headers that Python writes."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in members.items():
+            about = tarfile.TarInfo(name)
+            about.size, about.mtime = len(data), 1483228800.5  # a fraction, which needs an extended header
+            archive.addfile(about, io.BytesIO(data))
+    return target.getvalue()
+
+
+def tar_members(
+    storages: Iterable[tuple[int, str, int, bytes]],
+    views: Iterable[tuple[int, int, int, int]],
+    tensors: Iterable[tuple[int, int, Sequence[int], Sequence[int], int]],
+    program: bytes,
+) -> dict[str, bytes]:
+    """The members of a checkpoint before 0.1.10.
+
+    Args:
+        storages: (key, class in torch, element count, bytes).
+        views: (key, key of the root, offset, size).
+        tensors: (key, storage key, sizes, strides, storage_offset).
+        program: a pickle whose persistent ids are keys.
+    """
+    rows = [
+        Pickle().mark().integer(key).text("cpu").name("torch", cls).raw(b"t").stop() + struct.pack("<q", count) + data
+        for key, cls, count, data in storages
+    ]
+    listed = Pickle().raw(b"](")
+    for view in views:
+        listed.integers(view)
+    shapes = [
+        Pickle().mark().integer(key).integer(storage).name("torch", "FloatTensor").raw(b"t").stop()
+        + struct.pack(f"<2i{2 * len(sizes) + 1}q", len(sizes), 0, *sizes, *strides, offset)
+        for key, storage, sizes, strides, offset in tensors
+    ]
+    return {
+        "sys_info": Pickle().raw(b"}").stop(),
+        "pickle": program,
+        "tensors": Pickle().integer(len(shapes)).stop() + b"".join(shapes),
+        "storages": Pickle().integer(len(rows)).stop() + b"".join(rows) + listed.raw(b"e").stop(),
+    }
+
+
 # --- pickles ----------------------------------------------------------------------------------------------------------
 
 
@@ -376,10 +435,21 @@ class Pickle:
         """An empty OrderedDict: the hooks of every tensor."""
         return self.name("collections", "OrderedDict").raw(b")R")
 
-    def storage(self, cls: str, key: str, numel: int, location: str = "cpu") -> Pickle:
-        """A persistent id. `cls` is a name in torch, or "UntypedStorage"."""
+    def storage(
+        self, cls: str, key: str | int, numel: int, location: str = "cpu", view: tuple[str, int, int] | str = "none"
+    ) -> Pickle:
+        """A persistent id. `cls` is a name in torch, or "UntypedStorage"; torch.package has integers as keys.
+
+        `view` is the sixth part that a stream has: (key, offset, size), or "" for None.
+        """
         module = "torch.storage" if cls == "UntypedStorage" else "torch"
-        self.mark().text("storage").name(module, cls).text(key).text(location).integer(numel)
+        self.mark().text("storage").name(module, cls)
+        self.text(key) if isinstance(key, str) else self.integer(key)
+        self.text(location).integer(numel)
+        if view == "":
+            self.none()
+        elif view != "none":
+            self.mark().text(str(view[0])).integer(int(view[1])).integer(int(view[2])).raw(b"t")
         return self.raw(b"tQ")
 
     def tensor(
@@ -396,11 +466,12 @@ class Pickle:
         requires_grad: bool = False,
         location: str = "cpu",
         metadata: Mapping[str, bool] | None = None,
+        view: tuple[str, int, int] | str = "none",
     ) -> Pickle:
         """A rebuild call: version 1 (four arguments), 2, or 3 (with a dtype)."""
         suffix = {1: "", 2: "_v2", 3: "_v3"}[version]
         self.name("torch._utils", f"_rebuild_tensor{suffix}").mark()
-        self.storage(cls, key, numel, location).integer(storage_offset).integers(size).integers(stride)
+        self.storage(cls, key, numel, location, view).integer(storage_offset).integers(size).integers(stride)
         if version > 1:
             self.boolean(requires_grad).ordered_dict()
         if version == 3:

@@ -105,6 +105,7 @@ def atoms(draw: Draw) -> bytes:
         lambda: piece(lambda p: p.get(draw(SLOTS))),
         lambda: b"g%d\n" % draw(SLOTS),
         lambda: piece(lambda p: p.storage(draw(st.sampled_from(STORAGES)), short, draw(SMALL), draw(TEXTS))),
+        lambda: piece(lambda p: p.storage("ByteStorage", draw(INTEGERS), draw(SMALL), short)),
         lambda: piece(lambda p: p.ordered_dict()),
     ]
     return bytes(draw(st.sampled_from(written))())
@@ -310,6 +311,7 @@ def sound_atoms(draw: Draw) -> bytes:
         lambda: sized(b"T", "<i", draw(st.binary(max_size=8))),
         lambda: piece(lambda p: p.get(draw(st.sampled_from(SHARED[1])))),
         lambda: piece(lambda p: p.storage(cls, f"{cls}{numel}", numel, draw(WORDS))),
+        lambda: piece(lambda p: p.storage("ByteStorage", numel, numel, draw(WORDS))),
     )
     return bytes(draw(st.sampled_from(written))())
 
@@ -424,6 +426,25 @@ def programs(draw: Draw) -> bytes:
     return bytes(head + body + draw(st.sampled_from([b".", b".", b".", b"", b".junk"])))
 
 
+PIDS = {  # what a persistent id of an archive becomes in the other formats; b"tQ" ends each that is drawn
+    1: (b"NtQ", b"NtQ", b"NtQ", b"(X\1\0\0\0vK\1K\2ttQ", b"(K\7K\0K\1ttQ", b"(X\1\0\0\0vK\0J\xff\xff\xff\xffttQ"),
+    2: (b"t0K\7Q", b"t0X\1\0\0\0kQ", b"t0(ccollections\nOrderedDict\nNNtQ", b"tQ"),
+}
+MODULE = b"(X\6\0\0\0moduleca\nB\nNNtQ"
+
+
+@st.composite
+def programs_of(draw: Draw, dialect: int) -> bytes:
+    """A program whose persistent ids are mostly those of a format: 0 archive, 1 stream, 2 tar."""
+    parts = draw(programs()).split(b"tQ")
+    program = parts[0]
+    for part in parts[1:]:
+        program += (draw(st.sampled_from(PIDS[dialect])) if dialect else b"tQ") + part
+    if dialect == 1 and draw(rarely(4)):
+        program = program[:2] + MODULE + b"0" + program[2:]
+    return bytes(program)
+
+
 OPCODES = st.one_of(
     st.sampled_from([bytes([byte]) for byte in b"0(.)12NQR]}abdelstu\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94"]),
     atoms(),
@@ -438,7 +459,7 @@ FULL = (1000, 64, 1 << 16, 1 << 16, 4096)
 def machine_limits(draw: Draw) -> tuple[Any, ...]:
     """Mostly the usual ones, else some that a small program passes."""
     small = st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 24), st.integers(0, 8), st.integers(0, 2))
-    return (*(draw(small) if draw(rarely(6)) else FULL), draw(rarely(10)))
+    return (*(draw(small) if draw(rarely(6)) else FULL), draw(rarely(10)), draw(st.sampled_from([0, 0, 1, 2])))
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------

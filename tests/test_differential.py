@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import itertools
 import os
+import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from zipslicer import _pure, policy
-from zipslicer.backend import ENTRY_FIELDS, JOB_FIELDS, Entry
+from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry
 from zipslicer.errors import ChangedError, ZipSlicerError
 from zipslicer.source import Memory
 
@@ -85,15 +86,17 @@ def test_the_same_functions(native: Any) -> None:
 # --- scan_pickle ------------------------------------------------------------------------------------------------------
 
 
-FULL_LIMITS = (*strategies.FULL, False)
+FULL_LIMITS = (*strategies.FULL, False, 0)
 
 
 def scan(native: Any, program: bytes, limits: Sequence[int]) -> tuple[Any, ...]:
     return compare(native, "scan_pickle", program, policy.actions(), limits)
 
 
-@given(program=strategies.damaged(strategies.programs()), limits=strategies.machine_limits())
-def test_programs(native: Any, program: bytes, limits: Sequence[int]) -> None:
+@given(limits=strategies.machine_limits(), data=st.data())
+def test_programs(native: Any, limits: Sequence[int], data: st.DataObject) -> None:
+    program = data.draw(strategies.damaged(strategies.programs_of(limits[-1])))
+    event(f"dialect {limits[-1]}")
     told(scan(native, program, limits))
 
 
@@ -301,6 +304,55 @@ def test_records(
             assert result[1] == content[proved[record] + start : proved[record] + start + size]
     if at_once[0] == "came":
         assert [buffer[3:-2] for buffer in at_once[1][:-1]] == [result[1] for result in one_by_one[:-1]]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    wrong=strategies.rarely(4),
+    most=MOST,
+    threads=st.integers(1, 2),
+    data=st.data(),
+)
+def test_counted_records(
+    native: Any, path: Path, sizes: list[int], wrong: bool, most: int, threads: int, data: st.DataObject
+) -> None:
+    """Records of a stream: eight bytes of count, then the payload, one after the other."""
+    content, entries = b"head", array("q")
+    for size in sizes:
+        count = data.draw(st.sampled_from([size, size + 1, -1, 1 << 62])) if wrong else size
+        at = len(content) + 8
+        content += struct.pack("<q", count) + bytes(range(size))
+        entries.extend((at - 8, ~at, size, size, at + size, size, 0, COUNTED, 0, 0))
+    wanted = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        record = data.draw(st.integers(0, len(sizes) - 1))
+        start = data.draw(st.integers(0, sizes[record]))
+        wanted.append((record, start, data.draw(st.integers(0, sizes[record] - start))))
+    rows = array("q", [n for place, job in enumerate(wanted) for n in (*job, place, 0)]).tobytes()
+    if not wrong and data.draw(strategies.rarely(6)):  # of two kinds of failure, which comes first is not promised
+        content = content[: data.draw(st.integers(0, len(content)))]
+    with opened(content, path, most) as (handle, stamp):
+
+        def read_each(backend: Any) -> list[Any]:
+            table = bytearray(entries.tobytes())
+            found = [outcome(backend.read_record, handle, stamp, b"", table, *job) for job in wanted]
+            return [*found, bytes(table)]
+
+        def read_all(backend: Any) -> tuple[bytes, ...]:
+            table = bytearray(entries.tobytes())
+            buffers = [bytearray(size) for _, _, size in wanted]
+            backend.read_records(handle, stamp, b"", table, rows, buffers, threads)
+            return (*map(bytes, buffers), bytes(table))
+
+        one_by_one = read_each(_pure)
+        assert read_each(native) == one_by_one
+        at_once = told(outcome(read_all, _pure))
+        assert outcome(read_all, native) == at_once
+    for (_, start, size), result in zip(wanted, one_by_one, strict=False):
+        if result[0] == "came":
+            assert result[1] == bytes(range(start, start + size))
+    head = data.draw(st.binary(max_size=9))
+    compare(native, "parse_local_header", head, b"", bytearray(entries.tobytes()), 0)
 
 
 @given(st.data())

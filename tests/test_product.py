@@ -74,23 +74,13 @@ TORCH_CANNOT: Mapping[tuple[str, str, str], type[Exception]] = {
 # Where torch.load makes a TypedStorage of bytes out of an UntypedStorage that was saved; we give what was saved.
 TORCH_RETYPES = ("zip", "untyped", "storage")
 
-# What is still to come, by what a combination has in it; strict, so that whoever brings it is told to take the row out.
-LATER: Mapping[str, str] = {
-    "legacy": "the stream format before ZIP",
-}
-
 
 def _combinations() -> list[Any]:
     found = []
     for container, family, kind, protocol in itertools.product(CONTAINERS, FAMILIES, KINDS, PROTOCOLS):
         if kind == "grad" and not any(name in DIFFERENTIABLE_NAMES for name in FAMILIES[family]):
             continue
-        wait = [LATER["legacy"]] if container == "legacy" and "legacy" in LATER else []
-        wait += [LATER[family]] if family in LATER and kind != "storage" else []
-        marks = [pytest.mark.xfail(strict=True, reason=", ".join(wait))] if wait else []
-        found.append(
-            pytest.param(container, family, kind, protocol, id=f"{container}-{family}-{kind}-{protocol}", marks=marks)
-        )
+        found.append(pytest.param(container, family, kind, protocol, id=f"{container}-{family}-{kind}-{protocol}"))
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 from makers import Pickle
 
 import zipslicer
-from zipslicer.errors import ArchiveError, UnsupportedError
+from zipslicer.errors import ArchiveError, ProgramError, UnsupportedError
 
 hypothesis = pytest.importorskip("hypothesis")
 
@@ -144,3 +144,13 @@ def test_the_record_of_the_program_is_named() -> None:
 def test_a_byteorder_of_nobody_is_refused() -> None:
     with pytest.raises(ArchiveError, match="byteorder"):
         zipslicer.load(makers.checkpoint(Pickle().none().stop(), byteorder=b"middle").data)
+
+
+def test_a_storage_whose_key_is_a_number_is_the_one_with_that_text() -> None:
+    """torch.package writes integers; what is no number of a record is refused."""
+    program = Pickle().mark().storage("ByteStorage", 7, 3).storage("ByteStorage", "7", 3).raw(b"t").stop()
+    made = zipslicer.load(makers.checkpoint(program, {"7": b"abc"}).data)
+    assert [bytes(storage) for storage in made] == [b"abc", b"abc"]
+    for key in (-1, 1 << 63):
+        with pytest.raises(ProgramError):
+            zipslicer.load(makers.checkpoint(Pickle().storage("ByteStorage", key, 3).stop(), {"7": b"abc"}).data)

@@ -25,7 +25,6 @@ import zipslicer  # noqa: E402
 
 # What is still to come, by container; strict, so that whoever brings it is told to take the row out.
 LATER = {
-    "stream": "the stream format before ZIP",
     "torchscript": "tensors of constants.pkl",
 }
 

@@ -16,7 +16,7 @@ from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import Limits
 from .source import ByteSource, read_at
 
-__all__ = ["STORED", "Archive"]
+__all__ = ["LOCAL_SIGNATURE", "STORED", "Archive", "window_of"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
@@ -31,7 +31,6 @@ SIGNATURES = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array (numpy.load reads it)",
 }  # of other formats; torch.load reads none of them
-LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # of the stream format that torch wrote before 1.6
 
 
 class Archive:
@@ -53,7 +52,7 @@ class Archive:
         self.backend = backend
         self.limits = limits
         self.window = window
-        self.base, self.nbytes = _window(source, window)
+        self.base, self.nbytes = window_of(source, window)
         try:
             self._read_directory()
         except ZipSlicerError as error:
@@ -195,7 +194,8 @@ class Archive:
         self.source.close()
 
 
-def _window(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:
+def window_of(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:
+    """(offset, nbytes) of what is to be read of a file: the window, or all of it."""
     if window is None:
         start = min(source.start, source.size)  # a file object may stand behind its end
         return start, source.size - start
@@ -209,14 +209,6 @@ def _refuse_other_formats(head: bytes, tail: bytes, base: int) -> None:
     """Name what a file is, where that is known and it is no ZIP archive."""
     if head[:4] == LOCAL_SIGNATURE:
         return
-    if LEGACY_MAGIC in head[:16]:
-        raise UnsupportedError(
-            "this is a file of torch 1.5 or older (or of _use_new_zipfile_serialization=False); torch.load reads it, and "
-            "torch.save writes it as an archive",
-            offset=base,
-        )
-    if head[257:262] == b"ustar":
-        raise UnsupportedError("this is a tar file of a torch before 0.1.10", offset=base)
     if not head:
         nothing = f"nothing follows byte {base}, where the window or the position of the file object is"
         raise ArchiveError(nothing if base else "the file is empty", offset=base)

@@ -42,12 +42,15 @@ class Entry:
     LIMIT: Final = 4  # the next record's header, or the directory: the payload ends at or before it
     CRC: Final = 5  # CRC-32 of the record; 0 also means "not computed"
     METHOD: Final = 6  # 0 stored, 8 deflated, others are refused on touch
-    FLAGS: Final = 7  # general purpose bit flags
+    FLAGS: Final = 7  # general purpose bit flags; or COUNTED
     NAME_START: Final = 8  # of the record's name within the directory block
     NAME_NBYTES: Final = 9
 
 
 ENTRY_FIELDS: Final = 10
+# A bit of FLAGS above the 16 that ZIP has: before the payload stands no local header but, as eight little-endian bytes,
+# the count of its elements, which must be CRC. So it is in the stream format of torch before 1.6.
+COUNTED: Final = 1 << 16
 
 
 class Job:
@@ -154,6 +157,14 @@ class TensorField:
 TENSOR_FIELDS: Final = 9
 
 
+class Dialect:
+    """What a persistent id may be."""
+
+    ZIP: Final = 0  # ('storage', class, key, location, numel)
+    STREAM: Final = 1  # the same with a view of the storage or None; ('module', class, source file, source)
+    TAR: Final = 2  # the key of a tensor or storage, as a STORAGE without bytes; (class, source file, source)
+
+
 class Limits(NamedTuple):
     """What the machine refuses to exceed; policy.Limits says why each has its default."""
 
@@ -163,6 +174,7 @@ class Limits(NamedTuple):
     long_nbytes: int
     tuple_keys: int
     refuse_unknown: bool
+    dialect: int  # of persistent ids, see Dialect
 
 
 class Graph(NamedTuple):
@@ -188,6 +200,7 @@ class Graph(NamedTuple):
     locations: list[str]  # one a storage: "cpu", "cuda:0"
     tensors: Buffer  # TENSOR_FIELDS int64 a tensor
     dims: Buffer  # int64
+    nbytes: int  # of the pickle, STOP included
 
 
 class Backend(Protocol):

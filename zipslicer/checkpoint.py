@@ -14,6 +14,7 @@ from typing import Any
 from .archive import Archive
 from .backend import choose
 from .errors import ArchiveError, ChangedError
+from .legacy import Legacy, open_archive
 from .policy import Limits
 from .program import run_program
 from .safetensors_file import is_safetensors, safetensors_table
@@ -65,6 +66,14 @@ class Checkpoint:
     @property
     def placeholders(self) -> dict[str, Any]:
         return self._view.strangers()
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(offset, nbytes) of this checkpoint in its file. Streams of torch before 1.6 may follow each other in one file:
+        the next one begins where this one ends, and open(..., window=...) takes it.
+        """
+        archive = self._view.table.archive
+        return archive.base, archive.nbytes
 
     @property
     def records(self) -> list[str]:
@@ -218,9 +227,14 @@ def _table(source: ByteSource, terms: _Terms) -> TensorTable:
     """The steps: source -> archive -> program -> table."""
     if terms.window is None and is_safetensors(source, _BACKEND):
         return safetensors_table(source, _BACKEND, terms.limits)
-    archive = Archive(source, _BACKEND, terms.limits, terms.window)
+    archive = open_archive(source, _BACKEND, terms.limits, terms.window)
     swapped = _is_swapped(archive)
-    program = run_program(archive, terms.limits, record=terms.record, unknown=terms.unknown, allow=terms.allow)
+    if isinstance(archive, Legacy):
+        if terms.record != "data.pkl":
+            raise ArchiveError(f"a file from before torch 1.6 has no record {terms.record!r}", path=source.path)
+        program = archive.run(terms.unknown, terms.allow)
+    else:
+        program = run_program(archive, terms.limits, record=terms.record, unknown=terms.unknown, allow=terms.allow)
     return TensorTable(program, archive, swapped, terms.record.removesuffix(".pkl"))
 
 

@@ -35,7 +35,7 @@ class ZipSlicerError(Exception):
 
     Attributes:
         offset: the byte the error is about, or None. For ProgramError and TableError it counts from the first byte of
-            the record that holds the pickle (``record``); for the others from the first byte of the file.
+            the record that holds the pickle (``record``), where there is one; else from the first byte of the file.
         path: the file, once a floor that knows it has passed the error on.
         record: the name of the archive record the error is about.
         key: the key of the tensor that was asked for.

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Verb
+from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Dialect, Verb
 from .backend import Limits as MachineLimits
 
 __all__ = [
@@ -285,9 +285,15 @@ class Limits:
     tuple_keys: int = 4096
 
 
-def machine_limits(limits: Limits, refuse_unknown: bool) -> MachineLimits:
+def machine_limits(limits: Limits, refuse_unknown: bool, dialect: int = Dialect.ZIP) -> MachineLimits:
     return MachineLimits(
-        limits.depth, limits.dimensions, limits.text_nbytes, limits.long_nbytes, limits.tuple_keys, refuse_unknown
+        limits.depth,
+        limits.dimensions,
+        limits.text_nbytes,
+        limits.long_nbytes,
+        limits.tuple_keys,
+        refuse_unknown,
+        dialect,
     )
 
 

@@ -37,7 +37,7 @@ from .policy import (
     meaning_of,
 )
 
-__all__ = ["MISSING", "Builder", "Program", "Special", "run_program"]
+__all__ = ["MISSING", "Builder", "Program", "Special", "known_actions", "run_program"]
 
 MISSING: Any = object()  # no such object yet, or no such part
 SMALL_COPY = 256  # items or bytes: "latin1" is an argument of thousands of calls
@@ -551,6 +551,14 @@ def _give_state(made: Any, state: Any) -> None:
         setattr(made, name, value)
 
 
+def known_actions(unknown: str, allow: Mapping[str, Any]) -> Mapping[tuple[str, str], int]:
+    """What the machine is told of globals; with unknown="error" it must know those that the user allows."""
+    known = actions()
+    if allow and unknown == "error":
+        known = {**{(module, last): 0 for module, _, last in (name.rpartition(".") for name in allow)}, **known}
+    return known
+
+
 def run_program(
     archive: Archive,
     limits: Limits,
@@ -567,9 +575,7 @@ def run_program(
     if found < 0:
         raise _no_program(archive, record)
     text = archive.read(found, limits.program_nbytes)
-    known = actions()
-    if allow and unknown == "error":
-        known = {**{(module, last): 0 for module, _, last in (name.rpartition(".") for name in allow)}, **known}
+    known = known_actions(unknown, allow)
     try:
         columns = archive.backend.scan_pickle(text, known, machine_limits(limits, unknown == "error"))
     except ZipSlicerError as error:

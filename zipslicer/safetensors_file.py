@@ -164,5 +164,6 @@ def _program(archive: SafetensorsArchive) -> Program:
         locations=["cpu"] * count,
         tensors=tensors.tobytes(),
         dims=dims.tobytes(),
+        nbytes=0,
     )
     return Program(graph, {})

@@ -31,6 +31,8 @@ FLAG_DESCRIPTOR = 1 << 3  # sizes and CRC follow the payload; the local ones are
 FLAGS_REFUSED = 1 << 0 | 1 << 6 | 1 << 13  # encrypted, strongly encrypted, masked headers
 STORED = 0
 ENTRY_FIELDS = 10
+COUNTED = 1 << 16  # backend.Entry.COUNTED
+COUNT = struct.Struct("<q")
 
 
 def find_directory(tail: bytes, tail_offset: int, base: int) -> tuple[int, int, int]:
@@ -228,7 +230,9 @@ def _set_limits(rows: list[list[int]], wide: list[bool], directory: int) -> None
 def parse_local_header(head: bytes, block: bytes, entries: bytearray, record: int) -> int:
     """See backend.Backend.parse_local_header."""
     row = memoryview(entries).cast("q")[record * ENTRY_FIELDS : (record + 1) * ENTRY_FIELDS]
-    header, _, stored, nbytes, limit, crc, method, _, name_start, name_nbytes = row
+    header, _, stored, nbytes, limit, crc, method, entry_flags, name_start, name_nbytes = row
+    if entry_flags & COUNTED:
+        return _parse_count(head, header, crc)
     if len(head) < LOCAL.size:
         raise ArchiveError("a local header is cut short", offset=header)
     signature, _, flags, local_method, _, _, local_crc, local_stored, local_nbytes, n_name, n_extra = LOCAL.unpack_from(
@@ -258,6 +262,17 @@ def parse_local_header(head: bytes, block: bytes, entries: bytearray, record: in
     if header + head_nbytes + stored > limit:
         raise ArchiveError(f"record {name!r} overlaps the next one or the central directory", offset=header)
     return int(header + head_nbytes)
+
+
+def _parse_count(head: bytes, header: int, expected: int) -> int:
+    if len(head) < COUNT.size:
+        raise ArchiveError("the element count of a storage is cut short", offset=header)
+    (count,) = COUNT.unpack_from(head)
+    if count != expected:
+        raise ArchiveError(
+            f"a storage of {count} elements stands where the pickle has one of {expected}", offset=header
+        )
+    return header + COUNT.size
 
 
 def _local_zip64(extra: bytes, nbytes: int, stored: int) -> tuple[int, int]:

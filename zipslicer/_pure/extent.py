@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ArchiveError, ChangedError
-from .directory import ENTRY_FIELDS, LOCAL, parse_local_header
+from .directory import COUNTED, ENTRY_FIELDS, LOCAL, parse_local_header
 
 HUGE_PAGE = 2 << 20
 LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte in twenty is not used
@@ -219,7 +219,7 @@ def _prove(preadv: Preadv, head: bytes, block: bytes, entries: bytearray, record
     """Check a local header, of which `head` holds a first part, and write down where the payload begins."""
     rows = memoryview(entries).cast("q")
     header, limit = rows[record * ENTRY_FIELDS], rows[record * ENTRY_FIELDS + 4]
-    if len(head) >= LOCAL.size:
+    if len(head) >= LOCAL.size and not rows[record * ENTRY_FIELDS + 7] & COUNTED:
         fields = LOCAL.unpack_from(head)
         whole = min(LOCAL.size + fields[9] + fields[10], limit - header)
         if fields[0] == b"PK\x03\x04" and whole > len(head):
@@ -264,7 +264,10 @@ def read_records(
         pieces += _pieces(payload + start, view)
     try:
         _read(handle, pieces, threads)
-        for record, (_, head) in heads.items():
+        for record in sorted(
+            heads, key=lambda record: rows[record * ENTRY_FIELDS]
+        ):  # of two bad ones the first is told
+            _, head = heads[record]
             _prove(preadv, bytes(head), block, entries, record)
     except ArchiveError:
         _check_stamp(handle, stamp)

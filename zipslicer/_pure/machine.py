@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import ProgramError, TableError, UnsafeError, UnsupportedError
@@ -23,6 +23,7 @@ TUPLE, LIST, SET, FROZENSET, DICT, ORDERED_DICT, CALL, OBJECT, TYPED = range(16,
 V_ORDERED_DICT, V_STORAGE, V_DTYPE, V_TENSOR, V_TENSOR_V2, V_TENSOR_V3, V_TYPED, V_SIZE = range(1, 9)
 UNTYPED = 255
 DIFFERENTIABLE, COMPLEX = 1, 2
+ZIP, STREAM, TAR = range(3)  # dialects of persistent ids
 
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
@@ -58,9 +59,18 @@ class Global:
 class Storage:
     """A persistent id: one record's worth of bytes, and what its elements are."""
 
-    __slots__ = ("dtype", "itemsize", "key", "location", "nbytes", "offset", "traits")
+    __slots__ = ("dtype", "itemsize", "key", "location", "nbytes", "offset", "root", "start", "traits")
 
-    def __init__(self, key: str, location: str, action: int, nbytes: int, offset: int) -> None:
+    def __init__(
+        self,
+        key: str,
+        location: str,
+        action: int,
+        nbytes: int,
+        offset: int,
+        root: Storage | None = None,
+        start: int = 0,
+    ) -> None:
         self.key = key
         self.location = location
         self.dtype = action >> 8 & 0xFF
@@ -68,6 +78,8 @@ class Storage:
         self.traits = action >> 24
         self.nbytes = nbytes
         self.offset = offset
+        self.root = root  # of a view (streams before torch 0.4): the storage that it is a part of
+        self.start = start  # of a view: in elements of its root
 
 
 class Tensor:
@@ -148,7 +160,7 @@ class Machine:
 
     def __init__(self, actions: Mapping[tuple[str, str], int], limits: Sequence[int], program_nbytes: int) -> None:
         self.actions = actions
-        self.depth, self.dimensions, self.text_nbytes, self.long_nbytes, self.tuple_keys, refuse = limits
+        self.depth, self.dimensions, self.text_nbytes, self.long_nbytes, self.tuple_keys, refuse, self.dialect = limits
         self.refuse_unknown = bool(refuse)
         self.globals: dict[tuple[str, str], Global] = {}
         self.storages: dict[str, Storage] = {}
@@ -172,38 +184,85 @@ class Machine:
             found = self.globals[module, name] = Global(module, name, action or 0)
         return found
 
-    def persistent(self, pid: Any, at: int) -> Storage:
-        """('storage', class, key, location, numel), and nothing else."""
-        if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
-            kind = pid[0] if type(pid) is tuple and pid and type(pid[0]) is str else type(pid).__name__
+    def persistent(self, pid: Any, at: int) -> Any:
+        """('storage', class, key, location, numel), and nothing else. torch.package counts its keys in integers.
+
+        A stream has a sixth part, for views, and ('module', class, source file, source), of which the class is all that
+        counts.
+        """
+        if self.dialect == TAR:
+            return self.tar_key(pid, at)
+        kind = pid[0] if type(pid) is tuple and pid and type(pid[0]) is str else type(pid).__name__
+        count = 6 if self.dialect == STREAM else 5
+        if count == 6 and kind == "module" and type(pid) is tuple and len(pid) == 4 and type(pid[1]) in (Global, Call):
+            return pid[1]
+        if type(pid) is not tuple or len(pid) != count or kind != "storage":
+            view = ", view" if count == 6 else ""
             raise ProgramError(
-                f"a persistent id must be ('storage', class, key, location, numel), not {kind!r}", offset=at
+                f"a persistent id must be ('storage', class, key, location, numel{view}), not {kind!r}", offset=at
             )
-        _, cls, key, location, numel = pid
+        _, cls, key, location, numel = pid[:5]
         if type(cls) is not Global or cls.verb != V_STORAGE:
             raise ProgramError("a persistent id names a class that is no storage class", offset=at)
+        if type(key) is int and 0 <= key <= INT64_MAX:
+            key = str(key)
         if type(key) is not str or type(location) is not str:
-            raise ProgramError("a persistent id's key and location must be strings", offset=at)
+            raise ProgramError(
+                "a persistent id's key must be a string or an integer from 0 to 2**63 - 1, its location a string",
+                offset=at,
+            )
         if type(numel) is not int or not 0 <= numel <= INT64_MAX:
             raise ProgramError("a persistent id's element count must be an integer from 0 to 2**63 - 1", offset=at)
         action = cls.action
         nbytes = numel * (action >> 16 & 0xFF)
         if nbytes > INT64_MAX:
             raise ProgramError("a storage's size in bytes passes 2**63 - 1", offset=at)
-        found = self.storages.get(key)
-        if found is None:
-            found = self.storages[key] = Storage(key, location, action, nbytes, at)
-        elif found.nbytes != nbytes:
+        found = self.note(Storage(key, location, action, nbytes, at))
+        return found if count == 5 or pid[5] is None else self.view(found, numel, pid[5], at)
+
+    def tar_key(self, pid: Any, at: int) -> Any:
+        """What a tar file has for tensors and storages: their keys in two other members, or (class, source file, source)."""
+        if type(pid) is tuple and len(pid) == 3 and type(pid[0]) in (Global, Call):
+            return pid[0]
+        key = str(pid) if type(pid) is int and 0 <= pid <= INT64_MAX else pid
+        if type(key) is not str:
+            raise ProgramError("a persistent id must be the key of a tensor or storage", offset=at)
+        return self.note(Storage(key, "", 0, 0, at))
+
+    def view(self, root: Storage, numel: int, metadata: Any, at: int) -> Storage:
+        """(key, offset, size) in elements: a part of a storage, without bytes of its own."""
+        if type(metadata) is not tuple or len(metadata) != 3:
+            raise ProgramError("a view of a storage must be (key, offset, size)", offset=at)
+        key, start, size = metadata
+        if type(key) is int and 0 <= key <= INT64_MAX:
+            key = str(key)
+        numbers = (type(n) is int and INT64_MIN <= n <= INT64_MAX for n in (start, size))
+        if type(key) is not str or not all(numbers):
+            raise ProgramError("a view of a storage must be (key, offset, size)", offset=at)
+        if start < 0 or size < 0 or start + size > numel:
+            raise TableError("a view reaches outside its storage", offset=at)
+        action = root.dtype << 8 | root.itemsize << 16 | root.traits << 24
+        return self.note(Storage(key, root.location, action, size * root.itemsize, at, root, start))
+
+    def note(self, given: Storage) -> Storage:
+        """The storage with this key: noted now, or checked against what was noted before."""
+        found = self.storages.setdefault(given.key, given)
+        if found.root is not given.root or found.start != given.start:
             raise ProgramError(
-                f"storage {key!r} has {found.nbytes} bytes in one persistent id, {nbytes} in another", offset=at
+                f"storage {given.key!r} is a view in one persistent id, and something else in another",
+                offset=given.offset,
             )
-        elif found.dtype != action >> 8 & 0xFF and not (found.itemsize == 1 and self.byte_like(found.dtype, action)):
-            raise ProgramError(f"storage {key!r} has two element types", offset=at)
+        if found.nbytes != given.nbytes:
+            raise ProgramError(
+                f"storage {given.key!r} has {found.nbytes} bytes in one persistent id, {given.nbytes} in another",
+                offset=given.offset,
+            )
+        if found.dtype != given.dtype and not (found.itemsize == 1 and self.byte_like(found.dtype, given.dtype)):
+            raise ProgramError(f"storage {given.key!r} has two element types", offset=given.offset)
         return found
 
-    def byte_like(self, dtype: int, action: int) -> bool:
+    def byte_like(self, dtype: int, other: int) -> bool:
         """Bytes without a type and bytes as uint8 are the one pair of classes that torch.save mixes under one key."""
-        other = action >> 8 & 0xFF
         uint8 = self.actions.get(("torch", "ByteStorage"), 0) >> 8 & 0xFF
         return {dtype, other} == {UNTYPED, uint8}
 
@@ -255,7 +314,7 @@ class Machine:
         if not fewest <= count <= fewest + (verb != V_TENSOR):
             raise ProgramError(f"a tensor is rebuilt with {count} arguments", offset=at)
         storage, storage_offset, size, stride = args[:4]
-        if type(storage) is not Storage:
+        if type(storage) is not Storage or self.dialect == TAR:
             raise ProgramError("a tensor is rebuilt on something that is no storage", offset=at)
         if type(storage_offset) is not int or not INT64_MIN <= storage_offset <= INT64_MAX:
             raise ProgramError("a tensor's storage_offset must be a 64-bit integer", offset=at)
@@ -268,8 +327,8 @@ class Machine:
             given = args[6]
             if type(given) is not Global or given.verb != V_DTYPE:
                 raise ProgramError("a tensor's dtype is no dtype of torch", offset=at)
-            if itemsize != 1:
-                raise ProgramError("a tensor with a dtype of its own needs an untyped storage", offset=at)
+            if itemsize != 1 or storage.root is not None:
+                raise ProgramError("a tensor with a dtype of its own needs an untyped storage, a whole one", offset=at)
             dtype, itemsize, traits = given.action >> 8 & 0xFF, given.action >> 16 & 0xFF, given.action >> 24
         flags = 0
         if verb != V_TENSOR:
@@ -281,7 +340,10 @@ class Machine:
             if count > fewest:
                 flags |= self.metadata(args[-1], traits, at)
         extent = self.check_geometry(storage, itemsize, storage_offset, sizes, strides, at)
-        return Tensor(storage, dtype, itemsize, storage_offset, len(sizes), sizes + strides, flags, at, extent)
+        start = storage_offset + storage.start  # in the storage that has the bytes
+        if start > INT64_MAX:
+            raise TableError("a tensor's extent passes 2**63 - 1 elements", offset=at)
+        return Tensor(storage.root or storage, dtype, itemsize, start, len(sizes), sizes + strides, flags, at, extent)
 
     def integers(self, value: Any, at: int) -> list[int]:
         """A size or stride: a tuple, a list, or torch.Size(tuple)."""
@@ -437,7 +499,8 @@ def scan_pickle(program: bytes, actions: Mapping[tuple[str, str], int], limits: 
     """See backend.Backend.scan_pickle."""
     machine = Machine(actions, limits, len(program))
     root, stop = _run(program, machine)
-    return _flatten(root, machine.depth, stop)
+    rest = machine.storages.values() if machine.dialect == STREAM else ()
+    return (*_flatten(root, machine.depth, stop, rest), stop + 1)
 
 
 def _run(program: bytes, machine: Machine) -> tuple[Any, int]:
@@ -697,8 +760,11 @@ def _size(program: bytes, pos: int, op: int, one: int, four: int) -> tuple[int, 
     return int.from_bytes(program[pos : pos + width], "little"), width
 
 
-def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
-    """Number what the root reaches, breadth first, into the columns of backend.Graph."""
+def _flatten(root: Any, depth_limit: int, stop: int, rest: Iterable[Storage]) -> tuple[Any, ...]:
+    """Number what the root reaches, breadth first, into the columns of backend.Graph; then the rest of the storages.
+
+    In a stream storages lie one after the other, so that where one is depends on all before it.
+    """
     pool = [root]  # the values; grows while it is scanned
     kinds = bytearray()
     payloads = array("q")
@@ -786,6 +852,8 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
                 names.append((value.module, value.name))
             payload_add(number)
         elif kind is Storage:
+            if value.root is not None:
+                raise UnsupportedError("a view of a storage stands as a value", offset=value.offset)
             kind_add(STORAGE)
             payload_add(storage_id(value))
         elif value is _NOTHING:
@@ -805,6 +873,9 @@ def _flatten(root: Any, depth_limit: int, stop: int) -> tuple[Any, ...]:
                 run_ends.append(len(pool))
                 depths.append(depth + 1)
             payload_add(number)
+    for storage in rest:
+        if storage.root is None:
+            storage_id(storage)
     return (
         bytes(kinds),
         payloads.tobytes(),
