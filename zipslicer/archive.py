@@ -129,7 +129,9 @@ class Archive:
         """(offset, nbytes) of a stored record in the file, proved. Raises: ArchiveError, UnsupportedError, ChangedError."""
         if not self.is_stored(record):
             raise UnsupportedError(
-                "the record is compressed; unpack the archive, and open the file", record=self.name(record), path=self.source.path
+                "the record is compressed; unpack the archive, and open the file",
+                record=self.name(record),
+                path=self.source.path,
             )
         if self.field(record, Entry.PAYLOAD_OFFSET) < 0:
             self._read(record, 0, 0)

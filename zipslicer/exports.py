@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .archive import LOCAL_SIGNATURE, STORED, Archive
-from .backend import ENTRY_FIELDS, Backend, Entry, Graph, Kind
+from .backend import Backend, Entry, Graph, Kind
 from .errors import ArchiveError, TableError, UnsupportedError, ZipSlicerError
 from .legacy import MAGIC_BYTES
 from .plan import Geometry, hull, numel
@@ -64,7 +64,7 @@ FOREIGN = {
 }
 CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".pt2")
 SHOWN = 5  # names in a message
-FOLDER = b"0/"  # that flat archives are read in
+FOLDER = b"0/"  # of the names that stand in for those of a flat archive
 CENTRAL_NBYTES, NAME_SIZES_AT, NAME_SIZES = 46, 28, struct.Struct("<3H")  # APPNOTE 4.3.12: of name, extra, comment
 
 
@@ -401,21 +401,21 @@ class FlatArchive(Archive):
     """
 
     def _parse_directory(self, offset: int) -> None:
-        # The parser wants all names in one folder: it gets one, which the entries then leave out.
-        block, made, at = self.block, bytearray(), 0
+        # The parser wants all names in one folder. It gets others of the same lengths, and the entries mean these.
+        block, stand_ins, seen, at = self.block, bytearray(self.block), set[bytes](), 0
         while at + CENTRAL_NBYTES <= len(block):
             n_name, n_extra, n_comment = NAME_SIZES.unpack_from(block, at + NAME_SIZES_AT)
-            name, end = at + CENTRAL_NBYTES, at + CENTRAL_NBYTES + n_name + n_extra + n_comment
-            made += block[at : at + NAME_SIZES_AT]
-            made += NAME_SIZES.pack(min(n_name + len(FOLDER), 0xFFFF), n_extra, n_comment)
-            made += block[at + NAME_SIZES_AT + NAME_SIZES.size : name] + FOLDER + block[name:end]
-            at = end
-        self.block = bytes(made)
+            start, end = at + CENTRAL_NBYTES, at + CENTRAL_NBYTES + n_name
+            name, number = block[start:end], len(seen)
+            if b"\0" in name or name.lower() in seen:
+                raise ArchiveError("a record has a NUL in its name, or two are called alike", offset=offset + at)
+            seen.add(name.lower())
+            digits = bytes(0x80 | (number >> 7 * i & 0x7F) for i in range(min(n_name - len(FOLDER), 9)))
+            stand_ins[start:end] = (FOLDER + digits).ljust(n_name, b"-")[:n_name]
+            at = end + n_extra + n_comment
+        self.block = bytes(stand_ins)
         super()._parse_directory(offset)
-        for record in range(self.count):
-            self._columns[record * ENTRY_FIELDS + Entry.NAME_START] += len(FOLDER)
-            self._columns[record * ENTRY_FIELDS + Entry.NAME_NBYTES] -= len(FOLDER)
-        self.root = b""
+        self.block, self.root = block, b""
 
 
 def flat_archive(
@@ -435,7 +435,8 @@ def flat_archive(
 
 def _is_known(names: list[str]) -> bool:
     return any(
-        name in FOREIGN or name in OLD_EXPORT or name.lower().endswith((".npy", ".safetensors", *CHECKPOINTS)) for name in names
+        name in FOREIGN or name in OLD_EXPORT or name.lower().endswith((".npy", ".safetensors", *CHECKPOINTS))
+        for name in names
     )
 
 
@@ -446,7 +447,8 @@ def _foreign(archive: Archive, names: list[str]) -> ZipSlicerError:
         return UnsupportedError("this is a TorchScript archive of a torch before 1.4", path=path)
     if any(name.startswith("data/aotinductor/") for name in names):
         return UnsupportedError(
-            "this is a package of AOTInductor, which is compiled; record='data/weights/weight_0' opens one weight", path=path
+            "this is a package of AOTInductor, which is compiled; record='data/weights/weight_0' opens one weight",
+            path=path,
         )
     if "archive_format" in has or "models/model.json" in has:
         return UnsupportedError("this is an archive of torch.export (.pt2) without weights", path=path)
