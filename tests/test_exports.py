@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import pickle
@@ -27,6 +28,7 @@ from zipslicer.errors import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FOUR_FLOATS = struct.pack("<4f", 0, 1, 2, 3)
@@ -72,7 +74,7 @@ def exported(config: Any, records: dict[str, bytes] | None = None, byteorder: by
     return archive.finish().data
 
 
-class Tied(torch.nn.Module):
+class Tied(torch.nn.Module):  # type: ignore[misc,name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.l = torch.nn.Linear(3, 2)
@@ -115,7 +117,7 @@ def test_weights_and_constants_are_those_of_the_exported_program(program: Any, t
 
 def test_several_models_are_a_mapping_of_their_weights(program: Any, tmp_path: Path) -> None:
     path = tmp_path / "two.pt2"
-    package = pytest.importorskip("torch.export.pt2_archive._package")
+    package: Any = pytest.importorskip("torch.export.pt2_archive._package")
     package.package_pt2(str(path), exported_programs={"a": program, "b": program})
     both = zipslicer.load(path)
     assert list(both) == ["a", "b"]
@@ -173,7 +175,7 @@ def test_every_number_of_a_dtype_is_that_of_torch() -> None:
 
 
 BIG = {"as_int": 1 << 62}
-BENT = {
+BENT: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "no object": (lambda: {"w": 7}, TableError),
     "no path_name": (lambda: {"w": {}}, TableError),
     "a number as path_name": (lambda: {"w": entry(7)}, TableError),
@@ -323,7 +325,7 @@ def test_a_damaged_checkpoint_in_a_record_is_refused() -> None:
 
 
 def test_pickles_of_a_package(tmp_path: Path) -> None:
-    from torch.package import PackageExporter
+    PackageExporter = importlib.import_module("torch.package").PackageExporter
 
     path = tmp_path / "p.pt"
     shared = torch.arange(4.0)
@@ -341,7 +343,7 @@ def test_pickles_of_a_package(tmp_path: Path) -> None:
     assert made["part"].untyped_storage().data_ptr() == made["a"].untyped_storage().data_ptr()
     check_equal(zipslicer.load(path, record="model/m.pkl"), {"a": shared, "part": shared[1:3]})
     check_equal(pickle.loads(pickle.dumps(checkpoint.tensors)), wanted)
-    assert checkpoint.tensors.get_meta("model/m.pkl:a").storage_key == "0"
+    assert checkpoint.tensors._require_meta("model/m.pkl:a").storage_key == "0"
 
 
 def package(pickles: dict[str, bytes], storages: dict[str, bytes]) -> bytes:
@@ -373,7 +375,7 @@ def test_a_package_without_a_pickle() -> None:
 # ---------------------------------------------------------------- TorchScript
 
 
-class Scripted(torch.nn.Module):
+class Scripted(torch.nn.Module):  # type: ignore[misc,name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.l = torch.nn.Linear(3, 2)
@@ -381,7 +383,7 @@ class Scripted(torch.nn.Module):
         self.parts = [torch.ones(2), torch.zeros(1)]
         self.table = {"x": torch.full((2,), 5.0)}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):  # type: ignore[no-untyped-def]
         return self.l(x) + self.parts[0] + self.table["x"] + float(self.numbers[0])
 
 
@@ -424,13 +426,13 @@ def test_constants_of_a_traced_function(tmp_path: Path) -> None:
     assert torch.equal(zipslicer.load(path, record="constants.pkl")[0], held)
 
 
-class _Holding(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module, held: torch.Tensor) -> None:
+class _Holding(torch.nn.Module):  # type: ignore[misc,name-defined]
+    def __init__(self, model: Any, held: Any) -> None:
         super().__init__()
         self.model = model
         self._held = [held]  # in a list, and so no buffer: tracing makes it a constant
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):  # type: ignore[no-untyped-def]
         return self.model(x) + self._held[0]
 
 
@@ -462,7 +464,7 @@ def test_only_what_is_touched_is_read() -> None:
     checkpoint = zipslicer.open(content)
     assert checkpoint.tensors["w"].tolist() == [0, 1, 2, 3]
     assert checkpoint.root.materialize()["w"].tolist() == [0, 1, 2, 3]
-    assert checkpoint.tensors.get_meta("constants.0").shape == (4,)
+    assert checkpoint.tensors.get_shape("constants.0") == [4]
     with pytest.raises(ArchiveError) as caught:
         checkpoint.tensors["constants.0"]
     assert (caught.value.record, caught.value.key) == ("s/constants/0", "constants.0")
@@ -574,8 +576,25 @@ def test_what_is_no_archive_of_torch_stays_refused_as_it_was() -> None:
         zipslicer.open(flat("a/data.pkl", "b/data.pkl"))
 
 
-def test_an_archive_of_two_folders_is_none_of_torchs_because_it_holds_a_checkpoint() -> None:
-    """What torch.load would take for a checkpoint, and others for an archive of files, is neither here."""
-    content = flat("a/data.pkl", "b/model.pth", content=b"N.")
-    with pytest.raises(ZipSlicerError):
-        zipslicer.load(content)
+def test_an_archive_with_a_program_is_read_as_nothing_else() -> None:
+    """torch.load goes by the folder of the first record, and would find a program there."""
+    for record in ("data.pkl", "serialized_state_dict.pt"):
+        with pytest.raises(ArchiveError, match="outside"):
+            zipslicer.open(
+                flat("a/data.pkl", "serialized_state_dict.pt", content=saved({"w": torch.ones(1)})), record=record
+            )
+
+
+def test_one_pickled_record_is_not_opened_for_many_names() -> None:
+    config = {name: entry("weight_1", use_pickle=True) for name in ("v", "w")}
+    with pytest.raises(TableError) as caught:
+        zipslicer.open(exported(config, {"weight_1": saved(torch.ones(1))}))
+    assert caught.value.key == "w"
+
+
+def test_what_torch_load_refuses_its_stand_in_refuses() -> None:
+    inner = saved({"w": torch.ones(1)})
+    for content in (exported({"w": entry()}), flat("serialized_state_dict.pt", content=inner), inner[:-1]):
+        with pytest.raises((RuntimeError, pickle.UnpicklingError, ValueError)):
+            zipslicer.torch_load(io.BytesIO(content))
+    assert zipslicer.torch_load(io.BytesIO(inner))["w"].tolist() == [1]

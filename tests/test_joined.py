@@ -14,7 +14,7 @@ from makers import Pickle  # noqa: E402
 from test_exports import FOUR_FLOATS, floats, package, script  # noqa: E402
 
 import zipslicer  # noqa: E402
-from zipslicer.errors import UnsupportedError  # noqa: E402
+from zipslicer.errors import TableError, UnsupportedError  # noqa: E402
 from zipslicer.joined import JoinedView  # noqa: E402
 
 if TYPE_CHECKING:
@@ -115,3 +115,11 @@ def test_what_takes_one_program_says_so(checkpoint: Any) -> None:
 def test_parts_without_anything_to_list_leave_the_first_one_alone() -> None:
     content = script(Pickle().dict({"w": floats("0")}), Pickle().raw(b")"), {"data/0": FOUR_FLOATS})
     assert type(zipslicer.open(content)._view) is not JoinedView
+
+
+def test_a_long_path_before_thousands_of_names_does_not_fill_the_memory() -> None:
+    program = Pickle(3).raw(b"](").tensor("FloatStorage", 0, 4, size=[4], stride=[1]).put(0).raw(b"h\0" * 30_000 + b"e")
+    checkpoint = zipslicer.open(package({"a" * 60_000 + ".pkl": program.stop()}, {"0": FOUR_FLOATS}))
+    with pytest.raises(TableError, match="names"):
+        checkpoint.tensors  # noqa: B018
+    assert len(checkpoint.root) == 30_001

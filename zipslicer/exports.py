@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .archive import LOCAL_SIGNATURE, STORED, Archive
-from .backend import Backend, Entry, Graph, Kind
+from .backend import DIFFERENTIABLE, Backend, Entry, Graph, Kind
 from .errors import ArchiveError, TableError, UnsupportedError, ZipSlicerError
 from .legacy import MAGIC_BYTES
 from .plan import Geometry, hull, numel
-from .policy import DIFFERENTIABLE, DTYPES, Limits, dtype_named
+from .policy import DTYPES, Limits, dtype_named
 from .program import Program
 from .shards import INDEX_NBYTES, parse_json
 from .source import ByteSource
@@ -93,21 +93,22 @@ def read_layout(archive: Archive, record: str, swapped: bool) -> Layout | None:
 
     Raises: UnsupportedError for what is known and not read; ArchiveError, TableError.
     """
-    if is_config(record) and not isinstance(archive, FlatArchive):
+    if is_config(record):
         return _exported(archive, {"": [Part("", record)]}, swapped)
     if record != MAIN:
         return None
-    main, constants = archive.find([MAIN, "constants.pkl"])
-    if main >= 0 and not isinstance(archive, FlatArchive):
+    is_flat = isinstance(archive, FlatArchive)
+    main, constants = (-1, -1) if is_flat else archive.find([MAIN, "constants.pkl"])
+    if main >= 0:
         return None if constants < 0 else Layout([Part("", MAIN), Part(CONSTANTS, "constants.pkl")])
     names = _below(archive)
     has = set(names)
-    if PACKAGE in has:
-        return _package(archive, names)
     if has & set(OLD_EXPORT):
         return _exported(archive, {"": _old_export(archive, has)}, swapped)
-    models = _models(names)
-    if models and not isinstance(archive, FlatArchive):
+    if not is_flat and PACKAGE in has:
+        return _package(archive, names)
+    models = {} if is_flat else _models(names)
+    if models:
         return _exported(archive, models, swapped)
     raise _foreign(archive, names)
 
@@ -229,24 +230,33 @@ def read_config(archive: Archive, record: str, swapped: bool) -> tuple[TensorTab
     match = CONFIG.fullmatch(record)
     assert match is not None
     folder = match[1]
-    where = {"path": archive.source.path, "record": archive.name(number)}
+
+    def located(error: ZipSlicerError, key: str | None = None) -> ZipSlicerError:
+        return error.located(path=archive.source.path, record=archive.name(number), key=key)
+
     try:
         parsed = parse_json(archive.read(number, min(INDEX_NBYTES, archive.limits.program_nbytes)))
     except ArchiveError as error:
-        raise error.located(**where) from None
+        raise located(error) from None
     config = parsed.get("config") if isinstance(parsed, dict) else None
     if not isinstance(config, dict):
-        raise ArchiveError('this is no config of torch.export: it has no "config" from names to records', **where)
+        raise located(ArchiveError('this is no config of torch.export: it has no "config" from names to records'))
     columns = _Columns()
     pickled: dict[str, str | None] = {}
+    opened: set[str | None] = set()
     records = _records(archive, folder, config)
     for name, payload in config.items():
         try:
             is_raw = _add(columns, name, payload, records, archive)
         except ZipSlicerError as error:
-            raise error.located(**where, key=name) from None
-        if is_raw or not payload["path_name"].startswith(OBJECTS):
-            pickled[name] = None if is_raw else folder + payload["path_name"]
+            raise located(error, name) from None
+        if is_raw:
+            pickled[name] = None
+        elif not payload["path_name"].startswith(OBJECTS):
+            pickled[name] = folder + payload["path_name"]
+            if pickled[name] in opened:  # each is opened by itself, which a few bytes here could ask for over and over
+                raise located(TableError("a pickled tensor has its record with another one"), name)
+            opened.add(pickled[name])
     return TensorTable(Program(columns.graph(), {}), archive, swapped, folder[:-1]), pickled
 
 
@@ -426,11 +436,13 @@ def flat_archive(
         archive = FlatArchive(source, backend, limits, window)
     except ZipSlicerError:
         raise why from None
-    if record != MAIN and archive.find([record])[0] >= 0:
-        return archive
-    if record == MAIN and _is_known(archive.names()):
-        return archive
-    raise why
+    names = archive.names()
+    # torch.load goes by the folder of the first record: what it may find a program in is not read as anything else.
+    if any(name.rpartition("/")[2] == MAIN for name in names) or not (
+        _is_known(names) if record == MAIN else record in names
+    ):
+        raise why
+    return archive
 
 
 def _is_known(names: list[str]) -> bool:

@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from .errors import UnsupportedError
+from .errors import TableError, UnsupportedError
 from .shards import OF_ONE_FILE, NoTensors
 from .state_dict import OVERLAID, LazyStateDict, View
+from .table import TOO_LONG
 
 __all__ = ["JoinedView", "join"]
 
@@ -117,9 +118,14 @@ class JoinedView(View):
     # ---------------------------------------------------------------- what a Checkpoint asks
     def tensors(self) -> LazyStateDict:
         slots: dict[Any, int] = {}
+        room = self.name_room()
         for part, view in enumerate(self.views):
             for name, position in view.table.tensors(0).items():
-                slots[self._name(part, name, slots)] = self._number(part, position)
+                name = self._name(part, name, slots)
+                room -= len(name)
+                if room < 0:  # a long prefix is before each name of its part
+                    raise TableError(TOO_LONG, path=self.path)
+                slots[name] = self._number(part, position)
         return LazyStateDict._of(self, None, slots, {}, None)
 
     def _name(self, part: int, name: str, taken: Mapping[str, Any]) -> str:
