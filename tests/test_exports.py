@@ -308,7 +308,7 @@ def test_the_layout_before_2_8_without_constants_and_compressed(tmp_path: Path) 
         zipslicer.open(path)
 
 
-def test_whole_checkpoints_in_the_folders_of_2_8() -> None:
+def test_whole_checkpoints_in_the_folders_of_later_exports() -> None:
     records = [("m/archive_format", b"pt2"), ("m/data/weights/model.pt", saved({"w": torch.ones(2)}))]
     records.append(("m/data/constants/model.pt", saved({"c": torch.zeros(1)})))
     checkpoint = zipslicer.open(Zip().add_all(records).finish().data)

@@ -223,8 +223,12 @@ def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     if terms.window is None and is_safetensors(source, _BACKEND):
         return _one(source, options, terms)
     archive = _archive(source, terms)
-    swapped = _is_swapped(archive)
-    layout = None if isinstance(archive, Legacy) else read_layout(archive, terms.record, swapped)
+    # Three look-ups for the price of one, which a large directory makes felt.
+    order, main, constants = archive.find(["byteorder", "data.pkl", "constants.pkl"])
+    swapped = _is_swapped(archive, order)
+    layout = None
+    if not isinstance(archive, Legacy) and not (terms.record == "data.pkl" and main >= 0 > constants):
+        layout = read_layout(archive, terms.record, swapped)
     if layout is None:
         return _of_table(_table(archive, terms, swapped), options, terms)
     views = []
@@ -239,7 +243,7 @@ def _one(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     if terms.window is None and is_safetensors(source, _BACKEND):
         return _of_table(safetensors_table(source, _BACKEND, terms.limits), options, terms)
     archive = _archive(source, terms)
-    return _of_table(_table(archive, terms, _is_swapped(archive)), options, terms)
+    return _of_table(_table(archive, terms, _is_swapped(archive, archive.find(["byteorder"])[0])), options, terms)
 
 
 def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
@@ -266,7 +270,7 @@ def _table(archive: Archive, terms: _Terms, swapped: bool) -> TensorTable:
         if is_checkpoint(archive, record):
             window = archive.extent(archive.find([record])[0])
             archive, record = open_archive(archive.source, _BACKEND, terms.limits, window), "data.pkl"
-            swapped = _is_swapped(archive)
+            swapped = _is_swapped(archive, archive.find(["byteorder"])[0])
     if isinstance(archive, Legacy):
         if record != "data.pkl":
             raise ArchiveError(f"a file from before torch 1.6 has no record {record!r}", path=archive.source.path)
@@ -290,9 +294,8 @@ def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
         raise
 
 
-def _is_swapped(archive: Archive) -> bool:
+def _is_swapped(archive: Archive, found: int) -> bool:
     """Whether the file's byte order is not this host's. Without a record it is little, as torch has it since 2.1."""
-    found = archive.find(["byteorder"])[0]
     order = b"little" if found < 0 else archive.read(found, 64)
     if order not in (b"little", b"big"):
         raise ArchiveError(

@@ -2,7 +2,7 @@
 
     TorchScript        data.pkl and constants.pkl                        load: the module, as a placeholder
     torch.export       data/weights/M_weights_config.json, the same of   load: the weights of model M
-                       constants; up to 2.8 whole checkpoints in records
+                       constants; once, whole checkpoints in records
     torch.package      a pickle at any path                              load: the one, or a mapping of them
 
 A part is a record that is a pickle, a JSON text that names raw records, or a checkpoint of its own. Code, graphs and
@@ -163,7 +163,7 @@ def is_config(record: str) -> bool:
 
 
 def _old_export(archive: Archive, has: set[str]) -> list[Part]:
-    """What torch.export wrote before 2.8. Without constants their record is empty."""
+    """What torch.export wrote up to 2.7. Without constants their record is empty."""
     made = [Part("", next(name for name in OLD_EXPORT if name in has))]
     for name in OLD_EXPORT:
         record = name.replace("state_dict", "constants")
