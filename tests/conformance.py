@@ -15,6 +15,7 @@ import datetime as dt
 import enum
 import functools
 import io
+import json
 import math
 import pathlib
 import struct
@@ -33,9 +34,7 @@ from makers import Pickle, Zip
 from zipslicer.errors import ArchiveError, ProgramError, TableError, UnsupportedError, ZipSlicerError
 from zipslicer.table import dotted
 
-LATER: Mapping[str, str] = {
-    "38": "TorchScript, torch.export and torch.package archives",
-}
+LATER: Mapping[str, str] = {}
 
 TRAP = "zipslicer_trap"  # a module that files name and nobody may import; the tests lay out one that tells
 PWNED = "ZS_PWNED"  # the folder that hostile files try to make
@@ -51,6 +50,7 @@ class Loads:
         keywords: for zipslicer.open.
         location: what every storage must be tagged with; `locations`: by name, where it is another.
         huge: keys too large to read; `sampled` says which bytes must lie where.
+        listed: the tensors by name, where these names are not those in the tree, or there are more.
     """
 
     file: bytes | Path
@@ -59,6 +59,7 @@ class Loads:
     location: str = "cpu"
     locations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     huge: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    listed: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1499,6 +1500,111 @@ def stream_of_new_dtypes(folder: Path) -> Outcome:
     """Untyped storages in a stream: torch.save writes them, and no torch.load reads them."""
     tree = {"u": pattern(6, torch.uint16), "f8": pattern(6, torch.float8_e5m2), "w": count(3)}
     return Loads(saved_as_stream(tree), tree)
+
+
+# --- case 38: other archives of torch ---------------------------------------------------------------------------------
+
+
+def script_module(write: Callable[[Pickle], object]) -> Pickle:
+    """What TorchScript's pickler writes of a module with one dict of attributes."""
+    pickle = Pickle().name("__torch__", "M").raw(b")\x81")
+    write(pickle)
+    return pickle.raw(b"b")
+
+
+def script_archive(main: Pickle, constants: Pickle, storages: Mapping[str, bytes]) -> bytes:
+    archive = Zip().add_all([(f"m/{name}", data) for name, data in storages.items()])
+    archive.add("m/data.pkl", main.stop())
+    archive.add("m/code/__torch__.py", b"raise SystemExit", method=makers.DEFLATED)
+    archive.add_all([("m/constants.pkl", constants.stop()), ("m/version", b"3\n"), ("m/byteorder", b"little")])
+    return archive.finish().data
+
+
+@case("38a")
+def script_module_with_lists(folder: Path) -> Outcome:
+    """Lists and dicts have their types around them, in calls that return their first argument."""
+    w = count(6)
+
+    def tensor(p: Pickle) -> Pickle:
+        return p.tensor("FloatStorage", "0", 6, size=[6], stride=[1])
+
+    def parts(p: Pickle) -> None:
+        p.call("torch.jit._pickle", "restore_type_tag", lambda p: tensor(p.raw(b"]")).raw(b"a"), lambda p: p.text("T"))
+
+    def numbers(p: Pickle) -> None:
+        p.call("torch.jit._pickle", "build_intlist", lambda p: p.raw(b"](").integer(1).integer(2).raw(b"e"))
+
+    main = script_module(lambda p: p.dict({"w": tensor, "parts": parts, "numbers": numbers}))
+    file = script_archive(main, Pickle().raw(b")"), {"data/0": w.numpy().tobytes()})
+    return Loads(file, Inert("__torch__.M", state={"w": w, "parts": [w[:]], "numbers": [1, 2]}, new=True))
+
+
+@case("38b")
+def script_constants(folder: Path) -> Outcome:
+    constant = count(2)
+    constants = Pickle().raw(b"(").tensor("FloatStorage", "0", 2, size=[2], stride=[1]).raw(b"t")
+    main = script_module(lambda p: p.dict({"training": lambda p: p.boolean(True)}))
+    file = script_archive(main, constants, {"constants/0": constant.numpy().tobytes()})
+    return Loads(file, Inert("__torch__.M", state={"training": True}, new=True), listed={"constants.0": constant})
+
+
+@case("38c")
+def exported_program(folder: Path) -> Outcome:
+    """Two names of one raw record, one of them a part of it; a buffer; and a constant."""
+    w = torch.nn.Parameter(count(6).reshape(2, 3))
+    tied = torch.nn.Parameter(w.detach())  # a second object, as torch.export.load makes it
+    tree = {"w": w, "tied": tied, "part": w.detach()[1], "buffer": count(5, torch.int64)}
+    constant = count(2, torch.bfloat16)
+
+    def payload(path_name: str, dtype: int, tensor: torch.Tensor) -> dict[str, Any]:
+        meta = {
+            "dtype": dtype,
+            "sizes": [{"as_int": n} for n in tensor.shape],
+            "strides": [{"as_int": n} for n in tensor.stride()],
+            "storage_offset": {"as_int": tensor.storage_offset()},
+            "requires_grad": tensor.requires_grad,
+            "device": {"type": "cpu", "index": None},
+            "layout": 7,
+        }
+        is_param = isinstance(tensor, torch.nn.Parameter)
+        return {"path_name": path_name, "is_param": is_param, "use_pickle": False, "tensor_meta": meta}
+
+    weights = {
+        name: payload(f"weight_{int(name == 'buffer')}", 5 if name == "buffer" else 7, tree[name]) for name in tree
+    }
+    archive = Zip().add_all(
+        [
+            ("m/data/weights/weight_0", w.detach().numpy().tobytes()),
+            ("m/data/weights/weight_1", tree["buffer"].numpy().tobytes()),
+            ("m/data/weights/model_weights_config.json", json.dumps({"config": weights}).encode()),
+            ("m/data/constants/tensor_0", logical_bytes(constant)),
+            (
+                "m/data/constants/model_constants_config.json",
+                json.dumps({"config": {"c": payload("tensor_0", 13, constant)}}).encode(),
+            ),
+            ("m/models/model.json", b"no JSON, and never read"),
+            ("m/data/sample_inputs/model.pt", b"never read"),
+            ("m/archive_format", b"pt2"),
+            ("m/byteorder", b"little"),
+        ]
+    )
+    return Loads(archive.finish().data, tree, listed={**tree, "constants.c": constant})
+
+
+@case("38d")
+def package(folder: Path) -> Outcome:
+    """Keys of storages are integers, and their records lie in a folder of the package's own."""
+    tree = {"a": count(3), "b": count(2, torch.int64)}
+    program = Pickle(3).dict(
+        {
+            "a": lambda p: p.tensor("FloatStorage", 0, 3, size=[3], stride=[1]),
+            "b": lambda p: p.tensor("LongStorage", 1, 2, size=[2], stride=[1]),
+        }
+    )
+    archive = Zip().add_all([(f"p/.data/{i}.storage", t.numpy().tobytes()) for i, t in enumerate(tree.values())])
+    archive.add_all([("p/model/w.pkl", program.stop()), ("p/code.py", b"raise SystemExit")])
+    archive.add_all([("p/.data/extern_modules", b"torch\n"), ("p/byteorder", b"little")])
+    return Loads(archive.finish().data, tree, listed={f"model/w.pkl:{name}": t for name, t in tree.items()})
 
 
 # --- case 39: damage --------------------------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ class Pickle:
     def tensor(
         self,
         cls: str,
-        key: str,
+        key: str | int,
         numel: int,
         *,
         size: Iterable[int],

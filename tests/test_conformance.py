@@ -104,7 +104,7 @@ def check_meta(wanted: Any, info: Any, location: str, name: str) -> None:
 
 
 def check_tensors(checkpoint: Any, case: Loads) -> None:
-    wanted = names_of(case.tree)
+    wanted = names_of(case.tree) if case.listed is None else dict(case.listed)
     names = list(checkpoint.tensors)
     assert [name for name in names if name not in case.huge] == list(wanted)
     assert case.huge.keys() <= set(names)
@@ -140,8 +140,10 @@ def check_loads(case: Loads, folder: Path) -> None:
         check_tensors(checkpoint, case)
         if not case.huge:
             tree = materialized(checkpoint.root)
+            if isinstance(tree, zipslicer.Placeholder):  # what is in it is lazy
+                tree = checkpoint._view.materialized([0])(0)
             assert conformance.differences(case.tree, tree, zipslicer.describe) == []
-    if not case.huge:
+    if not case.huge and not isinstance(case.tree, conformance.Inert):
         tree = materialized(zipslicer.load(path, **case.keywords))
         assert conformance.differences(case.tree, tree, zipslicer.describe) == []
 
@@ -246,9 +248,10 @@ def test_bombs_take_no_memory(tmp_path: Path) -> None:
 # --- files that were made elsewhere -----------------------------------------------------------------------------------
 
 ELSEWHERE = os.environ.get("ZIPSLICER_CONFORMANCE")
-IN_SCOPE = (*range(1, 38), 39, 40)
-# Beside what their rows name, these hold tensors of their own making: lengths of a nested tensor, the ranks of a mesh.
-HOLD_MORE = ((27, "b"), (34, "c"))
+IN_SCOPE = range(1, 41)
+# Beside what their rows name, these hold tensors of their own making: lengths of a nested tensor, the ranks of a mesh;
+# or two names of one tensor.
+HOLD_MORE = ((27, "b"), (34, "c"), (38, "a"))
 
 
 def rows_elsewhere() -> list[Any]:
@@ -355,6 +358,10 @@ def check_elsewhere(facts: dict[str, Any], tensors: Any, name: str) -> None:
         check_whole_elsewhere(facts, tensors[name], name)
         return
     assert list(info.shape) == facts["shape"], name
+    if "stride" not in facts:  # of other archives than torch.save's only the elements are told
+        assert digest(conformance.logical_bytes(tensors[name])) == facts["sha256"], name
+        assert info.dtype_name == facts["dtype"], name
+        return
     assert list(info.strides) == facts["stride"], name
     assert info.storage_offset == facts.get("offset", info.storage_offset), name  # views of views: not told
     assert info.requires_grad == facts["requires_grad"], name
@@ -392,7 +399,9 @@ def check_tree_elsewhere(row: dict[str, Any], tree: Any, names: dict[str, str]) 
         if facts["kind"] not in ("dense", "storage"):
             check_whole_elsewhere(facts, value_at(tree, path), path)
             continue
-        got = value_at(tree, path.partition(":")[2] if row.get("windows") else path)
+        if row["id"] == 38 and path.startswith("constants/"):  # beside the root
+            continue
+        got = value_at(tree, path.partition(":")[2] or path if row["id"] == 38 or row.get("windows") else path)
         if not isinstance(got, torch.Tensor):
             continue
         kept.append(got)
@@ -421,6 +430,7 @@ def open_elsewhere(path: Path, row: dict[str, Any], **keywords: Any) -> None:
     parts = {p: found for p in row["tensors"] if (found := part_of(row, p))}
     whole = [p for p in row["tensors"] if p not in parts]
     names = {p: name_elsewhere(p.partition(":")[2] if row.get("windows") else p) for p in whole}
+    names.update((p, p) for p in whole if ".pkl:" in p)
     with zipslicer.open(path, **keywords) as checkpoint:
         for p, name in names.items():
             check_elsewhere(row["tensors"][p], checkpoint.tensors, name)

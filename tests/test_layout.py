@@ -18,7 +18,7 @@ PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
     "errors", "backend", "policy", "source", "archive", "program", "legacy", "plan", "composites", "table", "safetensors_file",
-    "arrays", "tensors", "state_dict", "shards", "checkpoint", "cli",
+    "arrays", "tensors", "state_dict", "shards", "joined", "exports", "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
 # Only tensors.py is the floor of torch; these two answer with a torch.dtype when asked for one.

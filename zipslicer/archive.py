@@ -77,8 +77,11 @@ class Archive:
             self.block = tail[offset - tail_offset : offset - tail_offset + nbytes]
         else:
             self.block = read_at(self.backend, self.source, offset, nbytes)
-        self.entries, prefix_nbytes = self.backend.parse_directory(self.block, count, offset, self.base)
         self.count = count
+        self._parse_directory(offset)
+
+    def _parse_directory(self, offset: int) -> None:
+        self.entries, prefix_nbytes = self.backend.parse_directory(self.block, self.count, offset, self.base)
         self._columns = memoryview(self.entries).cast("q")
         start = self.field(0, Entry.NAME_START)
         self.root = self.block[start : start + prefix_nbytes]
@@ -122,6 +125,22 @@ class Archive:
             )
         return method == STORED
 
+    def extent(self, record: int) -> tuple[int, int]:
+        """(offset, nbytes) of a stored record in the file, proved. Raises: ArchiveError, UnsupportedError, ChangedError."""
+        if not self.is_stored(record):
+            raise UnsupportedError(
+                "the record is compressed; unpack the archive, and open the file",
+                record=self.name(record),
+                path=self.source.path,
+            )
+        if self.field(record, Entry.PAYLOAD_OFFSET) < 0:
+            self._read(record, 0, 0)
+        return self.field(record, Entry.PAYLOAD_OFFSET), self.field(record, Entry.NBYTES)
+
+    def part(self, record: int, start: int, nbytes: int) -> bytes:
+        """A few bytes of a stored record; those that are beyond its end are left out."""
+        return bytes(self._read(record, start, max(0, min(nbytes, self.field(record, Entry.NBYTES) - start))))
+
     def read(self, record: int, limit: int | None = None) -> bytes:
         """A whole record, inflated if need be. For small records and programs; `limit` bounds its bytes.
 
@@ -135,9 +154,7 @@ class Archive:
                 path=self.source.path,
             )
         if self.is_stored(record):
-            if self.field(record, Entry.PAYLOAD_OFFSET) < 0:
-                self._read(record, 0, 0)  # proves where it begins
-            return read_at(self.backend, self.source, self.field(record, Entry.PAYLOAD_OFFSET), nbytes)
+            return read_at(self.backend, self.source, *self.extent(record))
         stored = self.field(record, Entry.STORED_NBYTES)
         if limit is not None and nbytes > min(limits.inflated_nbytes, limits.inflated_ratio * max(stored, 1024)):
             raise ProgramError(

@@ -14,6 +14,8 @@ from typing import Any
 from .archive import Archive
 from .backend import choose
 from .errors import ArchiveError, ChangedError
+from .exports import flat_archive, is_checkpoint, is_config, is_package, read_config, read_layout
+from .joined import join
 from .legacy import Legacy, open_archive
 from .policy import Limits
 from .program import run_program
@@ -72,8 +74,7 @@ class Checkpoint:
         """(offset, nbytes) of this checkpoint in its file. Streams of torch before 1.6 may follow each other in one file:
         the next one begins where this one ends, and open(..., window=...) takes it.
         """
-        archive = self._view.table.archive
-        return archive.base, archive.nbytes
+        return self._view.window
 
     @property
     def records(self) -> list[str]:
@@ -123,7 +124,9 @@ def open(
         threads: for large reads; by default the CPUs this process may use, at most 8, or ZIPSLICER_THREADS.
         limits: what the file may ask for before a tensor is touched.
         window: (offset, nbytes) of an archive inside a larger file.
-        record: the pickle to read, where an archive has several: TorchScript keeps its constants in "constants.pkl".
+        record: the one to read, where an archive has several: a pickle (TorchScript keeps its constants in
+            "constants.pkl"), or a checkpoint that is stored in it. By default all that torch.export, torch.package and
+            TorchScript have are listed.
         check: of shards: open all files at once and compare their keys with the index. False opens each when it is touched.
 
     Raises:
@@ -216,33 +219,73 @@ def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> Vie
 
 
 def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
-    table = _table(source, terms)
+    """The steps: source -> archive -> program -> table; for each of its parts where a file has several programs."""
+    if terms.window is None and is_safetensors(source, _BACKEND):
+        return _one(source, options, terms)
+    archive = _archive(source, terms)
+    # Three look-ups for the price of one, which a large directory makes felt.
+    order, main, constants = archive.find(["byteorder", "data.pkl", "constants.pkl"])
+    swapped = _is_swapped(archive, order)
+    layout = None
+    if not isinstance(archive, Legacy) and not (terms.record == "data.pkl" and main >= 0 > constants):
+        layout = read_layout(archive, terms.record, swapped)
+    if layout is None:
+        return _of_table(_table(archive, terms, swapped), options, terms)
+    views = []
+    for part in layout.parts:
+        of_part = dataclasses.replace(terms, record=part.record)
+        views.append(_of_table(part.table or _table(archive, of_part, swapped), options, of_part))
+    return join([part.prefix for part in layout.parts], views, layout.keys)
+
+
+def _one(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
+    """One program of a file."""
+    if terms.window is None and is_safetensors(source, _BACKEND):
+        return _of_table(safetensors_table(source, _BACKEND, terms.limits), options, terms)
+    archive = _archive(source, terms)
+    return _of_table(_table(archive, terms, _is_swapped(archive, archive.find(["byteorder"])[0])), options, terms)
+
+
+def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
+    source = table.archive.source
     again = None
     if source.path is not None:
         again = (_reopen, (source.path, options, terms, zlib.crc32(table.archive.block)))
     return View(table, options, again)
 
 
-def _table(source: ByteSource, terms: _Terms) -> TensorTable:
-    """The steps: source -> archive -> program -> table."""
-    if terms.window is None and is_safetensors(source, _BACKEND):
-        return safetensors_table(source, _BACKEND, terms.limits)
-    archive = open_archive(source, _BACKEND, terms.limits, terms.window)
-    swapped = _is_swapped(archive)
+def _archive(source: ByteSource, terms: _Terms) -> Archive:
+    try:
+        return open_archive(source, _BACKEND, terms.limits, terms.window)
+    except ArchiveError as error:
+        return flat_archive(source, _BACKEND, terms.limits, terms.window, terms.record, error)
+
+
+def _table(archive: Archive, terms: _Terms, swapped: bool) -> TensorTable:
+    """A record of an archive: a pickle, a config of torch.export, or a checkpoint of its own."""
+    record = terms.record
+    if record != "data.pkl" and not isinstance(archive, Legacy):
+        if is_config(record):
+            return read_config(archive, record, swapped)[0]
+        if is_checkpoint(archive, record):
+            window = archive.extent(archive.find([record])[0])
+            archive, record = open_archive(archive.source, _BACKEND, terms.limits, window), "data.pkl"
+            swapped = _is_swapped(archive, archive.find(["byteorder"])[0])
     if isinstance(archive, Legacy):
-        if terms.record != "data.pkl":
-            raise ArchiveError(f"a file from before torch 1.6 has no record {terms.record!r}", path=source.path)
-        program = archive.run(terms.unknown, terms.allow)
-    else:
-        program = run_program(archive, terms.limits, record=terms.record, unknown=terms.unknown, allow=terms.allow)
-    return TensorTable(program, archive, swapped, terms.record.removesuffix(".pkl"))
+        if record != "data.pkl":
+            raise ArchiveError(f"a file from before torch 1.6 has no record {record!r}", path=archive.source.path)
+        return TensorTable(archive.run(terms.unknown, terms.allow), archive, swapped)
+    program = run_program(archive, terms.limits, record=record, unknown=terms.unknown, allow=terms.allow)
+    if record != "data.pkl" and is_package(archive):
+        return TensorTable(program, archive, swapped, ".data", ".storage")
+    return TensorTable(program, archive, swapped, record.removesuffix(".pkl"))
 
 
 def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
-    """Unpickle: the same file at the same path, known by its directory."""
+    """Unpickle: the same program of the same file at the same path, known by its directory."""
     source = open_source(path)
     try:
-        view = _view(source, options, terms)
+        view = _one(source, options, terms)
         if zlib.crc32(view.table.archive.block) != crc:
             raise ChangedError("the file at this path is not the one that was pickled", path=path)
         return view
@@ -251,9 +294,8 @@ def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
         raise
 
 
-def _is_swapped(archive: Archive) -> bool:
+def _is_swapped(archive: Archive, found: int) -> bool:
     """Whether the file's byte order is not this host's. Without a record it is little, as torch has it since 2.1."""
-    found = archive.find(["byteorder"])[0]
     order = b"little" if found < 0 else archive.read(found, 64)
     if order not in (b"little", b"big"):
         raise ArchiveError(

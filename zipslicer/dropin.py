@@ -28,12 +28,14 @@ from .errors import (
     UnsupportedError,
     ZipSlicerError,
 )
+from .legacy import Legacy
 from .policy import Meaning, Placeholder, actions, describe, meaning_of
 from .state_dict import View
 
 __all__ = ["patch_torch_load", "torch_load"]
 
 ZIP_MAGIC = b"PK\x03\x04"
+EXPORT = "this is no file of torch.save; zipslicer.load reads its tensors"
 SCRIPT = "this is a TorchScript archive, which is a program: torch.jit.load runs it, zipslicer.open lists its tensors"
 
 
@@ -153,10 +155,11 @@ def _load(
     try:
         _refuse_arguments(f, pickle_module, pickle_load_args)
         declared = _declared_safe()
-        checkpoint = open_checkpoint(f, unknown="error", allow=declared, window=_window(f))
+        window = _window(f)
+        checkpoint = open_checkpoint(f, unknown="error", allow=declared, window=window)
         view = checkpoint._view
         try:
-            _refuse_script(view)
+            _refuse_exports(view, window[0] if window else 0)
             view.options = dataclasses.replace(view.options, map_location=_where(map_location, view))
             if lazy:
                 from .deferred import build_deferred
@@ -223,10 +226,14 @@ def _window(f: Any) -> tuple[int, int] | None:
     return (start, nbytes) if start else None
 
 
-def _refuse_script(view: View) -> None:
+def _refuse_exports(view: View, start: int) -> None:
+    """Archives of TorchScript, torch.export and torch.package, also where they hold one of torch.save in a record."""
     archive = view.table.archive
-    if archive.find(["constants.pkl"])[0] >= 0:
+    main, constants = archive.find(["data.pkl", "constants.pkl"])
+    if constants >= 0:
         raise UnsupportedError(SCRIPT, path=archive.source.path)
+    if (main < 0 and not isinstance(archive, Legacy)) or archive.base != start:
+        raise UnsupportedError(EXPORT, path=archive.source.path)
 
 
 def _refuse_placeholders(root: Any, view: View, declared: dict[str, Any]) -> None:

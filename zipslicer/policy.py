@@ -111,6 +111,7 @@ class Meaning:
     FACTORY: Final = 11  # a builtin type that stands as the factory of a defaultdict
     PARTIAL: Final = 12
     LAST_PLAIN: Final = 12  # up to here construct() makes the value; from here on tensors.py does, with torch or NumPy
+    FIRST: Final = 13  # returns its first argument: Program puts that in place of the call
     SPARSE: Final = 14  # these are the tensors of composites.py
     QUANTIZED: Final = 15
     NESTED: Final = 16
@@ -178,6 +179,15 @@ _PLAIN: dict[str, dict[str, int]] = {
         "_rebuild_device_tensor_from_cpu_tensor": Meaning.FROM_CPU,
         "_rebuild_device_tensor_from_numpy": Meaning.FROM_NUMPY,
         "_rebuild_xla_tensor": Meaning.FROM_NUMPY,
+    },
+    # What TorchScript's pickler puts around lists and dicts, to tell their types.
+    "torch.jit._pickle": {
+        "build_intlist": Meaning.FIRST,
+        "build_doublelist": Meaning.FIRST,
+        "build_boollist": Meaning.FIRST,
+        "build_tensorlist": Meaning.FIRST,
+        "build_tensor_from_id": Meaning.FIRST,
+        "restore_type_tag": Meaning.FIRST,
     },
     "torch._tensor": {"_rebuild_from_type_v2": Meaning.TYPED, "_rebuild_from_type": Meaning.TYPED},
     "torch.tensor": {"_rebuild_from_type": Meaning.TYPED},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import struct
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,34 @@ class Program:
         self._names: dict[int, tuple[str, str]] = {}
         self._with_tensors: bytearray | None = None
         self._meanings = [meaning_of(module, name) for module, name in graph.globals]
+        if Meaning.FIRST in self._meanings:
+            self._see_through()
+
+    def _see_through(self) -> None:
+        """Put first arguments in place of the calls that return them, wherever these stand."""
+        kinds, payloads = bytearray(self.kinds), array("q", self.payloads)
+        stands_for: dict[int, int] = {}  # node -> the position of its first argument
+        called: set[int] = set()
+        for node in range(self.node_count):
+            start, end = self.span(node)
+            if self.kind(node) in (Kind.CALL, Kind.OBJECT):
+                called.add(start)  # what is called stays a global or a call
+            if self.meaning(node) == Meaning.FIRST and kinds[start + STATE] == Kind.ABSENT and end - start == PARTS:
+                first, last = self.span(payloads[start + ARGS])
+                if first < last:
+                    stands_for[node] = first
+        for node in stands_for:
+            chain = []
+            # A call is made after its arguments, so that no chain closes.
+            while kinds[target := stands_for[node]] == Kind.CALL and payloads[target] in stands_for:
+                chain.append(node)
+                node = payloads[target]
+            stands_for.update(dict.fromkeys(chain, target))
+        for position, kind in enumerate(self.kinds):
+            if kind == Kind.CALL and payloads[position] in stands_for and position not in called:
+                target = stands_for[payloads[position]]
+                kinds[position], payloads[position] = kinds[target], payloads[target]
+        self.kinds, self.payloads = bytes(kinds), memoryview(payloads)
 
     def storage_key(self, storage: int) -> str:
         """What a storage is called in the archive: "0" for data/0."""
@@ -573,7 +602,8 @@ def run_program(
     """
     found = archive.find([record])[0]
     if found < 0:
-        raise _no_program(archive, record)
+        why = ": torch.save did not finish it" if record == "data.pkl" else ""
+        raise ArchiveError(f"the archive has no record {record!r}{why}", path=archive.source.path)
     text = archive.read(found, limits.program_nbytes)
     known = known_actions(unknown, allow)
     try:
@@ -581,13 +611,3 @@ def run_program(
     except ZipSlicerError as error:
         raise error.located(path=archive.source.path, record=archive.name(found)) from None
     return Program(Graph(*columns), allow)
-
-
-def _no_program(archive: Archive, record: str) -> ZipSlicerError:
-    has = {name.partition("/")[2] for name in archive.names()[:10_000]}
-    if "archive_format" in has or "models/model.json" in has:
-        return UnsupportedError("this is an archive of torch.export (.pt2)", path=archive.source.path)
-    if ".data/extern_modules" in has:
-        return UnsupportedError("this is an archive of torch.package", path=archive.source.path)
-    why = ": torch.save did not finish it" if record == "data.pkl" else ""
-    return ArchiveError(f"the archive has no record {record!r}{why}", path=archive.source.path)

@@ -21,7 +21,7 @@ from .policy import Limits
 from .source import LocalFile, read_at
 from .state_dict import OVERLAID, LazyStateDict, View
 
-__all__ = ["Index", "ShardedView", "locate", "read_index"]
+__all__ = ["INDEX_NBYTES", "Index", "NoTensors", "ShardedView", "locate", "parse_json", "read_index"]
 
 INDEX_NBYTES = 64 << 20  # the largest on the hubs have some 10 MB; as Python objects they take ten or twenty times that
 INDEX_NAMES = ("*.index.json", "*.index.*.json")  # pytorch_model.bin.index.json, pytorch_model.bin.index.fp16.json
@@ -120,14 +120,7 @@ def _read(path: str, backend: Backend, limits: Limits) -> bytes:
 def _parse(path: str, content: bytes) -> Index:
     if content.startswith(b"version https://git-lfs"):
         raise ArchiveError("this is a Git LFS pointer, not the file it points to; run `git lfs pull`")
-    import json  # here and below: who opens one file need not wait for it
-
-    try:
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ArchiveError):
-            raise
-        raise ArchiveError(f"this is no JSON text: {error}") from None
+    parsed = parse_json(content)
     keys = parsed.get("weight_map", parsed) if isinstance(parsed, dict) else None
     if not isinstance(keys, dict) or not keys:
         raise ArchiveError('this is no index of shards: it has no "weight_map" from keys to files')
@@ -142,6 +135,18 @@ def _parse(path: str, content: bytes) -> Index:
     facts = parsed.get("metadata") if "weight_map" in parsed else None
     said = facts.items() if isinstance(facts, dict) else ()
     return Index(path, keys, {"format": "pt", **{k: str(v) for k, v in said if isinstance(v, (str, int, float))}})
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON text in which no object has a key twice. Raises: ArchiveError."""
+    import json  # here and below: who opens one file need not wait for it
+
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError(f"this is no JSON text: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class View:
         return self.table.archive.metadata
 
     @property
+    def window(self) -> tuple[int, int]:
+        """(offset, nbytes) of the archive in its file."""
+        return self.table.archive.base, self.table.archive.nbytes
+
+    @property
     def root(self) -> Any:
         return self.touch(0)
 
@@ -94,7 +99,8 @@ class View:
         """Whether a value is a tensor of a record."""
         info = self.shown_meta(position) if self.table.is_tensor(position) else None
         parts = () if info is None else (info, *info.parts.values())
-        return any(record.endswith(f"/{self.table.folder}/{part.storage_key}") for part in parts)
+        folder, suffix = self.table.folder, self.table.suffix
+        return any(record.endswith(f"/{folder}/{part.storage_key}{suffix}") for part in parts)
 
     def name_room(self) -> int:
         return name_room(self.program)

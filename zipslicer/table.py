@@ -6,6 +6,7 @@ a row, or a wrapper of one that we know (a Parameter, a tensor with attributes).
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -178,11 +179,14 @@ class TensorTable:
     Safe for concurrent use: what is filled in on touch is the same whoever does it.
     """
 
-    def __init__(self, program: Program, archive: Archive, swapped: bool, folder: str = "data") -> None:
+    def __init__(
+        self, program: Program, archive: Archive, swapped: bool, folder: str = "data", suffix: str = ""
+    ) -> None:
         self.program = program
         self.archive = archive
         self.swapped = swapped  # the file's byte order is not this host's
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
+        self.suffix = suffix  # of their names, after the key
         self._records: list[int] | None = None
         self._composites: dict[int, Composite] = {}
         self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
@@ -217,7 +221,11 @@ class TensorTable:
         return self._records[storage]
 
     def _find_records(self) -> list[int]:
-        records = self.archive.find_in(f"{self.folder}/", *self.program.storage_keys())
+        keys, ends = self.program.storage_keys()
+        if self.suffix:
+            names = [keys[start:end] + self.suffix.encode() for start, end in zip([0, *ends], ends)]
+            keys, ends = b"".join(names), list(itertools.accumulate(map(len, names)))
+        records = self.archive.find_in(f"{self.folder}/", keys, ends)
         if not self.swapped:
             # Those that need no second look: stored, and of just the size that the program says.
             has, methods = self.archive.column(Entry.NBYTES), self.archive.column(Entry.METHOD)
@@ -236,9 +244,8 @@ class TensorTable:
         """
         archive, record = self.archive, self.record_number(storage)
         if record < 0:
-            name = (
-                f"{archive.root.decode('utf-8', 'backslashreplace')}{self.folder}/{self.program.storage_key(storage)}"
-            )
+            root = archive.root.decode("utf-8", "backslashreplace")
+            name = f"{root}{self.folder}/{self.program.storage_key(storage)}{self.suffix}"
             raise ArchiveError("the archive has no such record", record=name, path=archive.source.path)
         has, wants = archive.field(record, Entry.NBYTES), self.storage_nbytes(storage)
         if has != wants and not 0 < has - wants < self.dtype(self.storage_dtype(storage)).itemsize:
