@@ -456,8 +456,9 @@ def test_dtype_casts_floating_point_arrays() -> None:
 
 def test_dtype_may_be_one_of_ml_dtypes() -> None:
     kind = pytest.importorskip("ml_dtypes").bfloat16
-    sd = one("float32", struct.pack("=2f", 1, -2), (2,), (1,), dtype=kind)
-    assert (sd["w"].dtype, sd["w"].tolist()) == (kind, [1, -2])
+    for asked in (kind, "bfloat16", np.dtype(kind)):
+        sd = one("float32", struct.pack("=2f", 1, -2), (2,), (1,), dtype=asked)
+        assert (sd["w"].dtype, sd["w"].tolist()) == (kind, [1, -2])
     back = one("bfloat16", np.array([1, -2], kind).tobytes(), (2,), (1,), dtype=np.float32)
     assert (back["w"].dtype, back["w"].tolist()) == (np.float32, [1, -2])
 
@@ -768,7 +769,7 @@ import sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {absent!r}:
-            raise {error}("import of " + name)
+            raise ({error})("import of " + name)
 sys.meta_path.insert(0, Refused())
 """
 
@@ -863,6 +864,19 @@ for touch in (lambda: sd["w"], lambda: sd.get_meta("w").dtype, lambda: zipslicer
 """
     file = makers.checkpoint(Pickle().dict({"w": float_tensor}).stop(), TWO).data
     assert without({"torch", "numpy"}, code, file).splitlines() == ['framework="np" needs NumPy: pip install numpy'] * 3
+
+
+def test_without_torch_a_touch_says_what_to_install() -> None:
+    code = """
+sd = zipslicer.load(file)
+try:
+    sd["w"]
+except ImportError as error:
+    print(error)
+"""
+    file = makers.checkpoint(Pickle().dict({"w": float_tensor}).stop(), TWO).data
+    said = without({"torch"}, code, file, "lambda text: ModuleNotFoundError(text, name='torch')")
+    assert said.strip() == 'tensors need torch (pip install torch); framework="np" makes NumPy arrays'
 
 
 def test_listing_imports_no_numpy() -> None:

@@ -59,7 +59,9 @@ def floating_dtype(given: Any) -> Any:
     """What the caller asks for as a dtype -> the floating-point NumPy dtype. Raises: ValueError, TypeError."""
     if type(given).__module__ == "torch":
         raise ValueError(f'with framework="np" dtype is a NumPy dtype, not {given!r}')
-    made = _numpy().dtype(given)
+    # By its name, NumPy knows a dtype of ml_dtypes only once that is imported.
+    is_named = isinstance(given, str) and given.startswith(("bfloat", "float8"))
+    made = array_dtype(given) if is_named else _numpy().dtype(given)
     is_own = made.type.__module__ == "ml_dtypes" and made.name.startswith(("bfloat", "float"))
     if made.kind != "f" and not is_own:
         raise TypeError(f"dtype must be a floating-point NumPy dtype, not {made!r}")

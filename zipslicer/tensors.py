@@ -225,7 +225,12 @@ class TensorReader(RowReader):
     """Makes tensors of torch."""
 
     def __init__(self, table: TensorTable, options: ReadOptions) -> None:
-        import torch
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError('tensors need torch (pip install torch); framework="np" makes NumPy arrays') from error
 
         super().__init__(table, options)
         self.torch: Any = torch
