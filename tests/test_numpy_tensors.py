@@ -330,6 +330,27 @@ def test_a_slice_reads_its_own_bytes() -> None:
     assert file.count <= 1.05 * 10 * 512 * 8 + 9 * 4096
 
 
+def test_a_slice_owns_no_more_than_it_shows() -> None:
+    data = np.arange(10_000, dtype=np.int64).tobytes()
+    part = one("int64", data, (1000, 10), (10, 1)).get_slice("w")
+    for index in (slice(0, 10), (slice(None), 5), (slice(None, None, 100), slice(None, None, -7)), 3):
+        got = part[index]
+        under = memory_of(got)
+        assert (under.nbytes if isinstance(under, np.ndarray) else memoryview(under).nbytes) == got.nbytes
+
+
+@pytest.mark.parametrize("method", [0, 8])
+@pytest.mark.parametrize("order", [b"little", b"big"])
+def test_runs_that_are_far_apart(order: bytes, method: int) -> None:
+    whole = np.arange(1 << 18, dtype=np.int32).reshape(64, 64, 64)
+    data = whole.tobytes() if order.decode() == sys.byteorder else swapped(whole.tobytes(), 4)
+    text = Pickle().dict({"w": lambda p: p.tensor("IntStorage", "0", 1 << 18, size=(64, 64, 64), stride=(4096, 64, 1))})
+    file = makers.checkpoint(text.stop(), {"0": data}, byteorder=order).data
+    part = loaded(makers.rezipped(makers.records_of(file), method=method).data).get_slice("w")
+    for index in ((slice(None), 3), (slice(None, None, 9), slice(1, 3)), (slice(None), slice(None), 5)):
+        assert (part[index] == whole[index]).all()
+
+
 def test_an_expanded_tensor_costs_its_hull_only() -> None:
     sd = one("int32", struct.pack("=4i", *range(4)), (1 << 40, 4), (0, 1))
     assert sd["w"].shape == (1 << 40, 4)
@@ -666,7 +687,23 @@ def from_numpy(p: Pickle) -> Pickle:
     )  # fmt: skip
 
 
-PARTS = {**TWO, "i": struct.pack("=2q", 1, 3), "q": bytes([1, 2, 3, 255])}
+def per_channel(p: Pickle) -> Pickle:
+    def scales(p: Pickle) -> Pickle:
+        return p.tensor("DoubleStorage", "d", 2, size=(2,), stride=(1,))
+
+    def params(p: Pickle) -> Pickle:
+        scales(p.mark().name("torch", "per_channel_affine"))
+        longs("i", 2)(p)
+        return p.integer(0).raw(b"t")
+
+    return p.call(
+        "torch._utils", "_rebuild_qtensor", lambda p: p.storage("QInt8Storage", "q", 4), lambda p: p.integer(0),
+        lambda p: p.integers((2, 2)), lambda p: p.integers((2, 1)), params,
+        lambda p: p.boolean(False), lambda p: p.ordered_dict(),
+    )  # fmt: skip
+
+
+PARTS = {**TWO, "d": struct.pack("=2d", 0.5, 0.25), "i": struct.pack("=2q", 1, 3), "q": bytes([1, 2, 3, 255])}
 
 
 @pytest.mark.parametrize(
@@ -674,9 +711,14 @@ PARTS = {**TWO, "i": struct.pack("=2q", 1, 3), "q": bytes([1, 2, 3, 255])}
     [
         (sparse, "no sparse_coo tensors.*'indices', 'values'", {"indices": [[1, 3]], "values": [1, 2]}),
         (quantized, "no quantized tensors.*'int_repr'", {"int_repr": [[1, 2], [3, -1]]}),
+        (
+            per_channel,
+            "no quantized tensors.*'scales'",
+            {"int_repr": [[1, 2], [3, -1]], "scales": [0.5, 0.25], "zero_points": [1, 3]},
+        ),
         (meta, "get_meta", {}),
     ],
-    ids=["sparse", "quantized", "meta"],
+    ids=["sparse", "quantized", "per_channel", "meta"],
 )
 def test_what_is_no_array_is_refused_and_had_by_its_parts(write: Any, says: str, parts: dict[str, Any]) -> None:
     sd = loaded(makers.checkpoint(Pickle().dict({"w": write, "v": float_tensor}).stop(), PARTS).data)
@@ -691,6 +733,12 @@ def test_what_is_no_array_is_refused_and_had_by_its_parts(write: Any, says: str,
         assert sd.get_slice("w").part(name)[...].tolist() == values
         assert sd.get_slice("w").part(name)[::-1].tolist() == values[::-1]
     assert sd["v"].tolist() == sd.select("v").materialize()["v"].tolist() == [1, 2]
+
+
+def test_scales_are_not_cast() -> None:
+    file = makers.checkpoint(Pickle().dict({"w": per_channel, "v": float_tensor}).stop(), PARTS).data
+    sd = loaded(file, dtype=np.float16)
+    assert (sd.get_slice("w").part("scales")[:].dtype, sd["v"].dtype) == (np.float64, np.float16)
 
 
 def test_tensors_of_other_devices_are_arrays() -> None:
@@ -836,8 +884,20 @@ def test_ml_dtypes_is_needed_for_its_dtypes_only_and_when_they_are_touched() -> 
 
     text = Pickle().dict({"f": write("float32", "f"), "b": write("bfloat16", "b"), "e": write("float8_e5m2", "b")})
     code = """
+import io
+class Recording(io.BytesIO):
+    count = 0
+    def readinto(self, buffer):
+        self.count += len(buffer)
+        return super().readinto(buffer)
+file = Recording(file)
 sd = zipslicer.load(file, framework="np")
 repr(sd), sd.get_meta("b"), list(sd), sd.get_dtype("b")
+before = file.count
+try:
+    sd.materialize()
+except ImportError:
+    assert file.count == before, "bytes are read for what cannot be made"
 print(sd["f"].tolist(), sd.get_slice("f")[:].tolist())
 for touch in (lambda: sd["b"], lambda: sd["e"], lambda: sd.get_slice("e")[:], lambda: sd.get_meta("b").dtype, sd.materialize):
     try:
