@@ -190,12 +190,12 @@ class TensorTable:
         self.archive = archive
         self.swapped = swapped  # the file's byte order is not this host's
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
-        self.framework = "pt"  # what `TensorInfo.dtype` is of; the View says so
         self._records: list[int] | None = None
         self._composites: dict[int, Composite] = {}
         self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
         self.direct = array("q", [-1]) * program.storage_count
+        self.framework = "pt"  # what `TensorInfo.dtype` is of; the View says so
 
     def row(self, number: int) -> Row:
         return Row(*ROW.unpack_from(self.program.tensors, number * ROW_NBYTES))
