@@ -1,6 +1,7 @@
 # Every target makes what it needs: `make demo` and `make test` work on a fresh machine that has Python 3.10 or newer.
 #   make demo     the main job, on a checkpoint it makes, beside torch.load
 #   make test     all tests, on the native backend and then on the pure one
+#   make test-numpy   those that need no torch, in an environment without it
 #   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
 #   make test-integrations   tests with transformers, accelerate, diffusers, peft, which it installs
 #   make bench    the table of the README (its own environment, 5 GB of files in benchmarks/.cache, 45 minutes)
@@ -14,11 +15,12 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-integrations real bench lint format clean clean-bench
+.PHONY: help demo examples test test-numpy test-integrations real bench lint format clean clean-bench
 
 PYTHON ?= python3
 VENV := .venv
 BENCH := .venv-bench
+NUMPY := .venv-numpy
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
@@ -54,6 +56,11 @@ $(VENV)/.installed: $(VENV)/.packages $(NATIVE_SOURCES)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+$(NUMPY)/.installed: constraints.txt $(NATIVE_SOURCES)
+	$(call make_venv,$(NUMPY),$(BUILD_PACKAGES) pytest hypothesis)
+	$(NUMPY)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[numpy]'
+	@touch $@
+
 $(BENCH)/.packages: constraints.txt
 	$(call make_venv,$(BENCH),$(BENCH_PACKAGES))
 	@touch $@
@@ -80,20 +87,29 @@ examples: $(VENV)/.installed
 
 # Bare pytest, never `python -m pytest`: that one puts the checkout first on the path and would test its files.
 # `cd /` for the same reason. A native module that is there and broken is tested, and fails; only a missing one is not.
-test: $(VENV)/.installed
+define run_tests  # $(1) folder of the environment
 	@status=0; backends="native pure"; \
-	if ! (cd / && "$(CURDIR)/$(VENV)/bin/python" -c 'import importlib.util as u; assert u.find_spec("zipslicer._native")' 2>/dev/null); then \
+	if ! (cd / && "$(CURDIR)/$(1)/bin/python" -c 'import importlib.util as u; assert u.find_spec("zipslicer._native")' 2>/dev/null); then \
 	    if [ "$${ZIPSLICER_REQUIRE_NATIVE:-0}" = 1 ]; then \
-	        echo "no native backend was built, and ZIPSLICER_REQUIRE_NATIVE=1 asks for one: rm $(VENV)/.installed, then again"; exit 1; \
+	        echo "no native backend was built, and ZIPSLICER_REQUIRE_NATIVE=1 asks for one: rm $(1)/.installed, then again"; exit 1; \
 	    fi; \
 	    echo "== no native backend was built (was there a C++ compiler?): the tests run on pure only"; backends="pure"; \
 	fi; \
 	for backend in $$backends; do \
 	    echo "== tests, backend $$backend"; \
-	    if ZIPSLICER_BACKEND=$$backend $(VENV)/bin/pytest $(PYTEST_ARGS); then summary="$$summary $$backend: passed."; \
+	    if ZIPSLICER_BACKEND=$$backend $(1)/bin/pytest $(PYTEST_ARGS); then summary="$$summary $$backend: passed."; \
 	    else summary="$$summary $$backend: FAILED."; status=1; fi; \
 	done; \
 	echo "== tests:$$summary"; exit $$status
+endef
+
+test: $(VENV)/.installed
+	$(call run_tests,$(VENV))
+
+# What needs no torch, and all of framework="np", where there is none.
+test-numpy: export ZIPSLICER_WITHOUT_TORCH := 1
+test-numpy: $(NUMPY)/.installed
+	$(call run_tests,$(NUMPY))
 
 # The one step of the tests that needs the network; without it, these tests are skipped.
 real: $(VENV)/.packages
@@ -123,7 +139,7 @@ format: $(VENV)/.packages
 	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(NUMPY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-bench:

@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"ZIPSLICER_REQUIRE_NATIVE=1, and the backend is {zipslicer.backend()}: zipslicer comes from {zipslicer.__file__}"
         )
+    if os.environ.get("ZIPSLICER_WITHOUT_TORCH") == "1":
+        # With torch there, or without these, the tests would prove nothing and say so in skips only.
+        wrong = [name for name in ("numpy", "ml_dtypes", "hypothesis") if importlib.util.find_spec(name) is None]
+        wrong += ["torch"] if importlib.util.find_spec("torch") is not None else []
+        if wrong:
+            raise pytest.UsageError(
+                f"ZIPSLICER_WITHOUT_TORCH=1 wants numpy, ml_dtypes and hypothesis, and no torch: look at {wrong}"
+            )
 
 
 if importlib.util.find_spec("hypothesis") is not None:

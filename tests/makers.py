@@ -8,6 +8,7 @@ that torch writes. Whoever needs to know where something landed asks the `Writte
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import pickletools
 import struct
@@ -19,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# For tests that look at tensors, whatever makes them: those of the environment without torch run too.
+FRAMEWORK = "pt" if importlib.util.find_spec("torch") else "np"
 
 M16 = 0xFFFF
 M32 = 0xFFFFFFFF

@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 import zipslicer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
 SUBSET = "ZIPSLICER_TEST_SUBSET"
 SEED = "ZIPSLICER_TEST_SEED"

@@ -17,8 +17,8 @@ from zipslicer.backend import Backend
 PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
-    "errors", "backend", "policy", "source", "archive", "program", "legacy", "plan", "composites", "table", "safetensors_file",
-    "arrays", "tensors", "state_dict", "shards", "joined", "exports", "checkpoint", "cli",
+    "errors", "backend", "policy", "source", "archive", "program", "legacy", "plan", "arrays", "composites", "table",
+    "safetensors_file", "tensors", "numpy_tensors", "state_dict", "shards", "joined", "exports", "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
 # Only tensors.py is the floor of torch; these two answer with a torch.dtype when asked for one.
@@ -61,7 +61,7 @@ def test_a_floor_imports_only_floors_below_it(floor: str) -> None:
         if level and module != "tensors":
             assert FLOORS.index(module.partition(".")[0]) < FLOORS.index(floor), module
         if level and module == "tensors":
-            assert floor in ("state_dict", "checkpoint")
+            assert floor in ("numpy_tensors", "state_dict", "checkpoint")
 
 
 def test_every_module_is_on_a_floor() -> None:

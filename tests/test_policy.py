@@ -30,7 +30,7 @@ ZERO = {"0": bytes(4)}
 
 
 def opened(program: Pickle, **keywords: Any) -> Any:
-    return zipslicer.load(makers.checkpoint(program.stop(), ZERO).data, **keywords)
+    return zipslicer.load(makers.checkpoint(program.stop(), ZERO).data, framework=makers.FRAMEWORK, **keywords)
 
 
 def one_float(program: Pickle) -> Pickle:
@@ -625,7 +625,7 @@ def test_a_tensor_of_a_foreign_class_reads_as_an_object_of_it() -> None:
         lambda p: p.name("pkg", "Quantized"), lambda p: p.mark().name("pkg", "Quantized").integer(3).raw(b"t"),
         lambda p: p.dict({"inner": one_float, "bits": lambda p: p.integer(4)}),
     )  # fmt: skip
-    checkpoint = zipslicer.open(makers.checkpoint(program.stop(), ZERO).data)
+    checkpoint = zipslicer.open(makers.checkpoint(program.stop(), ZERO).data, framework=makers.FRAMEWORK)
     made = checkpoint.root
     assert zipslicer.describe(made).qualified == "pkg.Quantized"
     assert repr(made) == "<placeholder pkg.Quantized(<pkg.Quantized>, 3, inner=<float32 [1]>, bits=4)>"

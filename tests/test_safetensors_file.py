@@ -8,14 +8,18 @@ import pickle
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 import zipslicer
 from zipslicer import ArchiveError, ChangedError, UnsupportedError
 from zipslicer.policy import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

@@ -9,16 +9,20 @@ import os
 import pickle
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 import zipslicer
 from zipslicer import ArchiveError, ChangedError, UnsafeError, UnsupportedError
 from zipslicer.backend import choose
 from zipslicer.policy import Limits
 from zipslicer.shards import locate, read_index
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
 FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
 INDEX = "pytorch_model.bin.index.json"

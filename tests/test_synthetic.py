@@ -7,13 +7,17 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from test_checkpoint_readonly import SEED, compare
-
-import zipslicer
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
+else:
+    torch = pytest.importorskip("torch")
+
+from test_checkpoint_readonly import SEED, compare
+
+import zipslicer
 
 NO_STORAGE = {"bits", "int1", "int2", "int3", "int4", "int5", "int6", "int7"}  # dtypes that torch names and cannot fill
 

@@ -1,4 +1,6 @@
-"""Arrays: NumPy values out of what NumPy's own pickling wrote. Imports numpy on first use, and runs nothing of the file.
+"""Arrays: NumPy values out of what NumPy's own pickling wrote, and the NumPy dtype of each dtype of torch.
+
+Imports numpy on first use, and runs nothing of the file.
 
 Only types whose bytes are their value are built (booleans, numbers, dates, fixed-width text, flat structures of these);
 object arrays and everything else stay placeholders. Byte counts must be exact.
@@ -12,10 +14,66 @@ from typing import Any
 
 from .policy import NOT_PLAIN, Meaning, Placeholder, describe, meaning_of
 
-__all__ = ["array_value"]
+__all__ = ["CARRIERS", "array_dtype", "array_value", "floating_dtype"]
 
 PLAIN_CODE = re.compile(r"(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SUV][0-9]{1,9}|[Mm]8)")
+# dtypes of torch whose bytes NumPy has no numbers for, and what carries them: as many bytes, so that geometries hold.
+CARRIERS = {
+    "complex32": [("real", "f2"), ("imag", "f2")],
+    "float4_e2m1fn_x2": "u1",  # two elements in a byte, the first one in its low half; ml_dtypes has one in each
+    "bits8": "u1",
+    "bits16": "u2",
+    "bits1x8": "u1",
+    "bits2x4": "u1",
+    "bits4x2": "u1",
+    "qint8": "i1",
+    "quint8": "u1",
+    "qint32": "i4",
+    "quint4x2": "u1",
+    "quint2x4": "u1",
+}
 MAX_ITEMSIZE = 1 << 20  # bytes of one element; a fixed-width string is the largest there is
+
+
+def array_dtype(name: str) -> Any:
+    """The NumPy dtype of a dtype of torch, by its name there: numpy's own, that of ml_dtypes, or a carrier.
+
+    Raises: ImportError where NumPy or ml_dtypes is missing, or too old.
+    """
+    np = _numpy()
+    if name in CARRIERS:
+        return np.dtype(CARRIERS[name])
+    if name != "bfloat16" and not name.startswith("float8"):
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(f"NumPy has no {name}, the ml_dtypes package has: pip install ml_dtypes") from error
+    made = getattr(ml_dtypes, name, None)
+    if made is None:
+        raise ImportError(f"ml_dtypes {ml_dtypes.__version__} has no {name}: pip install --upgrade ml_dtypes")
+    return np.dtype(made)
+
+
+def floating_dtype(given: Any) -> Any:
+    """What the caller asks for as a dtype -> the floating-point NumPy dtype. Raises: ValueError, TypeError."""
+    if type(given).__module__ == "torch":
+        raise ValueError(f'with framework="np" dtype is a NumPy dtype, not {given!r}')
+    # By its name, NumPy knows a dtype of ml_dtypes only once that is imported.
+    is_named = isinstance(given, str) and given.startswith(("bfloat", "float8"))
+    made = array_dtype(given) if is_named else _numpy().dtype(given)
+    is_own = made.type.__module__ == "ml_dtypes" and made.name.startswith(("bfloat", "float"))
+    if made.kind != "f" and not is_own:
+        raise TypeError(f"dtype must be a floating-point NumPy dtype, not {made!r}")
+    return made
+
+
+def _numpy() -> Any:
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise ImportError('framework="np" needs NumPy: pip install numpy') from error
+    return np
 
 
 def array_value(meaning: int, args: Sequence[Any], state: Any) -> Any:

@@ -101,6 +101,7 @@ def open(
     map_location: Any = "cpu",
     dtype: Any = None,
     cache_tensors: bool = False,
+    framework: str = "pt",
     unknown: str = "placeholder",
     allow: Mapping[str, Any] | None = None,
     threads: int | None = None,
@@ -119,6 +120,8 @@ def open(
             (storage, device name) -> storage or None, as torch.load has it. None is the CPU, whatever the file names.
         dtype: a floating-point torch.dtype: floating-point tensors are cast to it when they are read.
         cache_tensors: keep each storage that was read, whole; tensors then share memory as they do in the file.
+        framework: "pt" makes tensors of torch, "np" arrays of NumPy, for which torch need not be there. Then `dtype` is a
+            floating-point dtype of NumPy, and `map_location` "cpu" or None.
         unknown: "placeholder" puts an inert Placeholder for what policy does not know; "error" refuses the file.
         allow: classes to build for real, by dotted name: {"pkg.Config": pkg.Config}. They are called with what the file says.
         threads: for large reads; by default the CPUs this process may use, at most 8, or ZIPSLICER_THREADS.
@@ -135,7 +138,7 @@ def open(
     """
     if unknown not in ("placeholder", "error"):
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
-    options = ReadOptions(map_location, dtype, cache_tensors, threads)
+    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     found, is_index = locate(source)
     if is_index:
@@ -153,6 +156,7 @@ def load(
     debug: bool = False,
     *,
     weights_only: bool = True,
+    framework: str = "pt",
     unknown: str = "placeholder",
     allow: Mapping[str, Any] | None = None,
     threads: int | None = None,
@@ -175,6 +179,7 @@ def load(
         map_location=map_location,
         dtype=dtype,
         cache_tensors=cache_tensors,
+        framework=framework,
         unknown=unknown,
         allow=allow,
         threads=threads,
@@ -208,7 +213,8 @@ def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:
 
 def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> View:
     """The files of an index."""
-    view = ShardedView(read_index(path, _BACKEND, terms.limits), functools.partial(_file, options, terms))
+    index = read_index(path, _BACKEND, terms.limits)
+    view = ShardedView(index, functools.partial(_file, options, terms), options.framework)
     try:
         if check:
             view.check(options.threads or default_threads())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -171,7 +171,7 @@ def build_deferred(view: View) -> Any:
     Read at once is what is part of something else (a Parameter, a tensor with attributes, an object), tensors that
     require grad or are conjugated, and whatever is not to be on the CPU or is of foreign byte order.
     """
-    reader, table, program = view.reader, view.table, view.program
+    reader, table, program = cast("TensorReader", view.reader), view.table, view.program
     kinds, payloads = program.kinds, program.payloads
     rows = [table.row(number) for number in range(program.tensor_count)]
     now = [

@@ -28,6 +28,7 @@ class JoinedView(View):
     def __init__(self, prefixes: Sequence[str], views: Sequence[View], keys: Mapping[str, int | None] | None) -> None:
         self.prefixes = tuple(prefixes)
         self.views = tuple(views)
+        self.framework = self.views[0].framework
         self.keys = keys
         self.tables = tuple(view.table for view in views)
         self.kinds = cast("bytes", NoTensors())

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "Sliced", "hull", "index", "is_contiguous", "numel", "pieces"]
+__all__ = ["Geometry", "Sliced", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
 
 LONG_RUN = 512  # bytes; shorter runs are cheaper read with what lies between them than named one by one
 FAR_APART = 16384  # bytes between runs from which on skipping is cheaper than reading through, whatever the run
@@ -75,6 +75,16 @@ def is_contiguous(sizes: Sequence[int], strides: Sequence[int]) -> bool:
                 return False
             expected *= n
     return True
+
+
+def may_overlap(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two indices may name one element. False is proved; a few tensors that do not overlap are True."""
+    reach = 0
+    for stride, n in sorted((stride, n) for n, stride in zip(sizes, strides) if n != 1):
+        if n and stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
 
 
 def index(geometry: Geometry, wanted: Any) -> Sliced:

@@ -202,9 +202,10 @@ class ShardedView(View):
     Safe for concurrent use: of two threads that open one file at once, the second closes what it has opened.
     """
 
-    def __init__(self, index: Index, open_file: Callable[[str], View]) -> None:
+    def __init__(self, index: Index, open_file: Callable[[str], View], framework: str = "pt") -> None:
         self.index = index
         self._open_file = open_file
+        self.framework = framework
         self._shards: dict[str, Shard] = {}
         self._files = {file: number for number, file in enumerate(index.files)}
         self._places: dict[int, Place] = {i: (file, key, None) for i, (key, file) in enumerate(index.keys.items())}
@@ -406,7 +407,7 @@ class ShardedView(View):
     def __reduce__(self) -> tuple[Any, ...]:
         """By path: the index as it was read, and the files that are open, which must be the same ones there."""
         views = {file: shard.view for file, shard in self._shards.items()}
-        return ShardedView, (self.index, self._open_file), (views, self._places)
+        return ShardedView, (self.index, self._open_file, self.framework), (views, self._places)
 
     def __setstate__(self, state: tuple[dict[str, View], dict[int, Place]]) -> None:  # type: ignore[override]
         views, self._places = state
@@ -414,7 +415,7 @@ class ShardedView(View):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedView:
         """The same open files, with edits of its own."""
-        made = memo[id(self)] = ShardedView(self.index, self._open_file)
+        made = memo[id(self)] = ShardedView(self.index, self._open_file, self.framework)
         views = {file: copy.deepcopy(shard.view, memo) for file, shard in zip(self._files, self._all())}
         made.__setstate__((views, dict(self._places)))
         return made

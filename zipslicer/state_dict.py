@@ -26,7 +26,7 @@ from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
-    from .tensors import ReadOptions, TensorReader
+    from .tensors import ReadOptions, RowReader
 
 __all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View"]
 
@@ -45,6 +45,8 @@ Patterns = Union[str, Iterable[str]]
 class View:
     """One open file, as its containers see it: touches values, and holds the containers it has made."""
 
+    framework = "pt"  # what tensors become
+
     def __init__(
         self, table: TensorTable, options: ReadOptions, recipe: tuple[Callable[..., Any], tuple[Any, ...]] | None
     ) -> None:
@@ -52,9 +54,10 @@ class View:
         self.program = table.program
         self.kinds, self.payloads = table.program.kinds, table.program.payloads
         self.options = options
+        self.framework = table.framework = options.framework
         self.recipe = recipe  # how to open the file again, for pickling; None where there is no path
         self.held: dict[int, Any] = {}  # containers and placeholders by node
-        self._reader: TensorReader | None = None
+        self._reader: RowReader | None = None
 
     # ---------------------------------------------------------------- the file; shards.ShardedView has several
     @property
@@ -122,12 +125,17 @@ class View:
 
     # ---------------------------------------------------------------- values
     @property
-    def reader(self) -> TensorReader:
-        """Made on first touch, because it imports torch."""
+    def reader(self) -> RowReader:
+        """Made on first touch, because it imports torch, or NumPy."""
         if self._reader is None:
-            from .tensors import TensorReader
+            if self.framework == "np":
+                from .numpy_tensors import ArrayReader
 
-            self._reader = TensorReader(self.table, self.options)
+                self._reader = ArrayReader(self.table, self.options)
+            else:
+                from .tensors import TensorReader
+
+                self._reader = TensorReader(self.table, self.options)
         return self._reader
 
     def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
@@ -157,8 +165,8 @@ class View:
     def _touch_node(self, position: int) -> Any:
         leaf = self.table.leaf(position)
         if leaf is not None:
-            attributes = None if leaf.attributes is None else self._plain(leaf.attributes)
-            return self.reader.leaf(leaf, attributes)
+            attributes = None if self.framework == "np" else leaf.attributes  # arrays have none
+            return self.reader.leaf(leaf, None if attributes is None else self._plain(attributes))
         node = self.program.payloads[position]
         made = self.held.get(node, MISSING)
         # Two threads may make one container at once; the first to be held is the one that both return.
@@ -217,6 +225,12 @@ class View:
             return self.table.storage_info(self.program.payloads[position])
         leaf = self.table.leaf(position)
         return None if leaf is None else self.table.info(leaf)
+
+    def own_meta(self, value: Any) -> TensorInfo | None:
+        """The facts of a tensor that the user has put in; None for any other value."""
+        if self.framework == "np" and "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray):
+            return _info_of_array(value)
+        return _info_of(value) if hasattr(value, "untyped_storage") else None
 
     def changed(self) -> dict[int, Any]:
         """Held values of Python's own types that whoever touched them has changed since, by node."""
@@ -563,8 +577,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if position is None:
             raise MissingKeyError(key, self._slots)
         if position < 0:
-            value = self._overlay[key]
-            return _info_of(value) if hasattr(value, "untyped_storage") else None
+            return self._view.own_meta(self._overlay[key])
         return self._view.located_meta(position, key)
 
     def _require_meta(self, key: Any) -> TensorInfo:
@@ -741,7 +754,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
                     else:
                         child = file.touch(place) if _is_node(file.program, place) else None
                 else:
-                    is_tensor = hasattr(child, "untyped_storage")
+                    is_tensor = view.own_meta(child) is not None
                     position = OVERLAID
                 if is_tensor:
                     if name in slots:
@@ -802,7 +815,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         for key, position in itertools.islice(self._slots.items(), SHOWN):
             if position < 0:
                 value = self._overlay[key]
-                value = _info_of(value) if hasattr(value, "untyped_storage") else value
+                value = self._view.own_meta(value) or value
             else:
                 value = self._view.shown(position)
             if isinstance(value, TensorInfo):
@@ -973,7 +986,7 @@ class LazySlice:
 
     @property
     def dtype(self) -> Any:
-        """The torch.dtype. Imports torch."""
+        """As TensorInfo has it."""
         return self.info.dtype
 
     def get_shape(self) -> list[int]:
@@ -1034,7 +1047,7 @@ def _is_same(one: Any, other: Any) -> bool:
             todo += zip(a, b)
             if isinstance(a, dict):
                 todo += zip(a.values(), b.values())
-        elif type(a).__module__ == "numpy":
+        elif type(a).__module__ == "numpy" and hasattr(a, "tobytes"):
             if str(a.dtype) != str(b.dtype) or a.shape != b.shape or a.tobytes() != b.tobytes():
                 return False
         elif isinstance(a, (set, frozenset)):
@@ -1091,6 +1104,16 @@ def _info_of(tensor: Any) -> TensorInfo:
         class_name=None,
         layout=NESTED if tensor.is_nested else str(tensor.layout).removeprefix("torch."),
     )
+
+
+def _info_of_array(made: Any) -> TensorInfo:
+    """The same of an array."""
+    return TensorInfo(
+        dtype_name=str(made.dtype), shape=made.shape, strides=tuple(n // (made.itemsize or 1) for n in made.strides),
+        storage_offset=0, numel=made.size, nbytes=made.nbytes, itemsize=made.itemsize, storage_key="",
+        storage_nbytes=made.nbytes, location="cpu", requires_grad=False, is_parameter=False,
+        is_contiguous=made.flags.c_contiguous, is_conj=False, is_neg=False, class_name=None, framework="np",
+    )  # fmt: skip
 
 
 def _ragged(tensor: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from .archive import STORED, Archive
+from .arrays import array_dtype
 from .backend import DIFFERENTIABLE, FIRST_NODE_KIND, STORAGE_FIELDS, TENSOR_FIELDS, UNTYPED, Entry, Kind, StorageField
 from .composites import NESTED, Composite, Dense, Member, find, read
 from .errors import ArchiveError, TableError
@@ -89,11 +90,13 @@ class TensorInfo:
         location: the device it was saved from, "cuda:0"; it is read to the CPU unless map_location says otherwise.
         requires_grad, is_parameter, is_contiguous, is_conj, is_neg: as torch has them.
         class_name: "module.name" of the tensor's own class, or None.
+        framework: "pt" or "np", as the file was opened: whose `.dtype` is.
     """
 
     __slots__ = (
         "class_name",
         "dtype_name",
+        "framework",
         "is_conj",
         "is_contiguous",
         "is_neg",
@@ -130,16 +133,20 @@ class TensorInfo:
     class_name: str | None
     layout: str
     parts: dict[str, TensorInfo]
+    framework: str
 
     def __init__(self, **facts: Any) -> None:
         self.layout = "strided"
         self.parts = {}
+        self.framework = "pt"
         for name, value in facts.items():
             setattr(self, name, value)
 
     @property
     def dtype(self) -> Any:
-        """The torch.dtype. Imports torch."""
+        """The torch.dtype, which imports torch; with framework="np" the dtype of the array."""
+        if self.framework == "np":
+            return array_dtype(self.dtype_name)
         import torch
 
         return getattr(torch, self.dtype_name)
@@ -192,6 +199,7 @@ class TensorTable:
         self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
         self.direct = array("q", [-1]) * program.storage_count
+        self.framework = "pt"  # what `TensorInfo.dtype` is of; the View says so
 
     def row(self, number: int) -> Row:
         return Row(*ROW.unpack_from(self.program.tensors, number * ROW_NBYTES))
@@ -374,6 +382,7 @@ class TensorTable:
             requires_grad=leaf.requires_grad if leaf.parameter else composite.requires_grad,
             is_parameter=leaf.parameter, is_contiguous=composite.layout == "strided" and is_contiguous(sizes, strides),
             is_conj=False, is_neg=False, class_name=leaf.cls, layout=composite.layout, parts=parts,
+            framework=self.framework,
         )  # fmt: skip
 
     def member_info(self, member: Member) -> TensorInfo:
@@ -400,6 +409,7 @@ class TensorTable:
             is_conj=row.conj,
             is_neg=row.neg,
             class_name=leaf.cls,
+            framework=self.framework,
         )
 
     def storage_info(self, storage: int) -> TensorInfo:
@@ -409,6 +419,7 @@ class TensorTable:
             dtype_name="uint8", shape=(nbytes,), strides=(1,), storage_offset=0, numel=nbytes, nbytes=nbytes, itemsize=1,
             storage_key=self.program.storage_key(storage), storage_nbytes=nbytes, location=self.program.locations[storage],
             requires_grad=False, is_parameter=False, is_contiguous=True, is_conj=False, is_neg=False, class_name=None,
+            framework=self.framework,
         )  # fmt: skip
 
     def file_offset(self, position: int) -> int:

@@ -5,6 +5,7 @@ What is handed out owns its memory: a storage of exactly the bytes it needs, ove
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import os
@@ -12,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .arrays import array_value
+from .arrays import array_value, floating_dtype
 from .backend import FIRST_NODE_KIND, Kind
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError
@@ -21,7 +22,7 @@ from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "TensorReader", "default_threads"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "default_threads"]
 
 THREADED = 4 << 20  # bytes; a read of this much is worth more than one thread
 LOCAL_THREADS = 8  # a warm copy is limited by memory bandwidth, which a few threads use up
@@ -35,17 +36,30 @@ class ReadOptions:
     dtype: Any = None
     cache_tensors: bool = False
     threads: int | None = None
+    framework: str = "pt"
 
     def __post_init__(self) -> None:
         # What can be told without torch is told at once, not at the first touch.
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+        if self.framework not in ("pt", "np"):
+            raise ValueError(f'framework must be "pt" or "np", not {self.framework!r}')
+        if self.framework == "np":
+            self._check_for_arrays()
+            return
         if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
             raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
         where = self.map_location
         known = where is None or isinstance(where, (str, int, dict)) or callable(where)
         if isinstance(where, bool) or not (known or type(where).__name__ == "device"):
             raise TypeError(f"map_location is a device, a dict, a callable or None, not {type(where).__name__}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, not {self.threads}")
+
+    def _check_for_arrays(self) -> None:
+        where = self.map_location
+        if not (where is None or (isinstance(where, str) and where == "cpu") or getattr(where, "type", None) == "cpu"):
+            raise ValueError(f'arrays are on the CPU: map_location={where!r} needs framework="pt"')
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", floating_dtype(self.dtype))
 
 
 def default_threads() -> int:
@@ -59,15 +73,167 @@ def default_threads() -> int:
     return min(LOCAL_THREADS, cpus)
 
 
-class TensorReader:
-    """Reads the rows of one table. Safe for concurrent use."""
+class RowReader(abc.ABC):
+    """What readers of one table have in common, whatever they make of a row: bytes, units, and the order of reading.
+
+    Those of arrays are in numpy_tensors.py. Safe for concurrent use.
+    """
 
     def __init__(self, table: TensorTable, options: ReadOptions) -> None:
-        import torch
-
-        self.torch: Any = torch
         self.table = table
         self.threads = options.threads or default_threads()
+        self._archive = table.archive
+        self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
+
+    # ---------------------------------------------------------------- what each makes in its own way
+    @abc.abstractmethod
+    def tensor(self, number: int) -> Any:
+        """A dense row as a tensor of its own, as options want it."""
+
+    @abc.abstractmethod
+    def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
+        """A tensor with what is wrapped around it."""
+
+    @abc.abstractmethod
+    def composite(self, node: int, member: Callable[[Member], Any], argument: Callable[[int], Any]) -> Any:
+        """A tensor of several parts; see composites.py."""
+
+    @abc.abstractmethod
+    def attributed(self, made: Any, state: Any) -> Any:
+        """A tensor with the Python attributes that the file has for it."""
+
+    @abc.abstractmethod
+    def storage_value(self, storage: int, untyped: Any = None) -> Any:
+        """A storage that stands as a value."""
+
+    @abc.abstractmethod
+    def slice(self, leaf: Leaf, wanted: Any) -> Any:
+        """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
+
+    @abc.abstractmethod
+    def slice_member(self, each: Member, wanted: Any) -> Any:
+        """The same of a dense part of a composite."""
+
+    @abc.abstractmethod
+    def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Rows by number and storages, each storage read once and whole -> (tensors by row, storages by id).
+
+        As torch.load does it: all tensors of one storage key are views of one storage.
+        """
+
+    @abc.abstractmethod
+    def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
+        """What a known global or call of torch or NumPy means; see program.Special."""
+
+    @abc.abstractmethod
+    def _tensor_slowly(self, number: int) -> Any: ...
+
+    @abc.abstractmethod
+    def _view(self, storage: Any, row: Row, geometry: Geometry) -> Any:
+        """A tensor on a storage that was read. The geometry is proved to lie in it."""
+
+    # ---------------------------------------------------------------- what is the same
+    def _tensor_otherwise(self, number: int) -> Any:
+        """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
+        table, row = self.table, self.table.row(number)
+        storage = row.storage
+        found_now = self._is_plain and table.direct[storage] < 0 and row.extent > 0
+        if found_now and table.record(storage) == table.direct[storage] and not row.flags:
+            return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
+        return self._tensor_slowly(number)
+
+    def _argument(self, position: int) -> Any:
+        """An argument that is no tensor: a number, a list, a NumPy array."""
+        return self.table.program.build(position, self._no_leaf, self.special)
+
+    def _no_leaf(self, _kind: int, _payload: int) -> Any:
+        raise TableError("a tensor stands where a number is meant")
+
+    def _unit(self, dtype: int) -> int:
+        return self.table.dtype(dtype).unit if self.table.swapped else 1
+
+    def _buffers(self, wanted: Iterable[tuple[int, int, int]]) -> list[Any]:
+        """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
+        table, archive = self.table, self._archive
+        direct, allocate = table.direct, archive.backend.allocate
+        jobs: list[int] = []
+        buffers: list[Any] = []
+        for storage, start, nbytes in wanted:
+            record = direct[storage]
+            if not nbytes:
+                buffers.append(None)
+                continue
+            if record < 0:
+                record = table.record(storage)
+                if not archive.is_stored(record):
+                    buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
+                    continue
+            jobs += (record, start, nbytes, len(buffers), 0)
+            buffers.append(allocate(nbytes))
+        if jobs:
+            archive.read_into(jobs, [b"" if buffer is None else buffer for buffer in buffers], self.threads)
+        return buffers
+
+    def _gather(self, record: int, starts: Sequence[int], nbytes: int) -> Any:
+        """Stretches of a stored record, one after the other, in a new buffer."""
+        buffer = self._archive.backend.allocate(nbytes * len(starts))
+        jobs = array("q")
+        for i, start in enumerate(starts):
+            jobs.extend((record, start, nbytes, 0, i * nbytes))
+        self._archive.read_into(jobs, [buffer], self.threads)
+        return buffer
+
+    def _whole_unit(self, storage: int) -> int:
+        """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
+        if not self.table.swapped:
+            return 1
+        rows = (self.table.row(number) for number in range(self.table.program.tensor_count))
+        units = (self._unit(row.dtype) for row in rows if row.storage == storage)
+        return max(units, default=self._own_unit(storage))
+
+    def _own_unit(self, storage: int) -> int:
+        """The same for a storage without tensors: that of its class. Untyped bytes stay as they are."""
+        dtype = self.table.storage_dtype(storage)
+        return self._unit(dtype) if dtype < len(DTYPES) else 1
+
+    def _units(self, rows: Iterable[Row]) -> tuple[dict[int, set[int]], set[int]]:
+        """For each storage the units of the rows on it; and which have several.
+
+        In a file of foreign byte order, one storage under two element sizes has no whole form that is right for both:
+        such tensors are read one by one.
+        """
+        units: dict[int, set[int]] = collections.defaultdict(set)
+        for row in rows:
+            units[row.storage].add(self._unit(row.dtype))
+        return units, {storage for storage, found in units.items() if len(found) > 1}
+
+    def builder(self, positions: Sequence[int], instead: Mapping[int, Sequence[int]] | None = None) -> Builder:
+        """Builds these values as `materialize` returns them, out of tensors that are all read here, in parallel.
+
+        `instead`: by node, the positions that are now below it in place of those in the file.
+        """
+        numbers, storages = _below(self.table, positions, instead or {})
+        tensors, whole = self.shared(numbers, storages)
+
+        def leaf(kind: int, payload: int) -> Any:
+            return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
+
+        return _Builder(self, leaf, whole)
+
+
+class TensorReader(RowReader):
+    """Makes tensors of torch."""
+
+    def __init__(self, table: TensorTable, options: ReadOptions) -> None:
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError('tensors need torch (pip install torch); framework="np" makes NumPy arrays') from error
+
+        super().__init__(table, options)
+        self.torch: Any = torch
         self.dtypes = [getattr(torch, dtype.name, None) for dtype in DTYPES]
         self.dtypes += [torch.uint8] * (256 - len(DTYPES))  # an untyped storage without a dtype is bytes
         self.place = _Place(torch, options)
@@ -75,8 +241,6 @@ class TensorReader:
         # What a quantized tensor is made with is not cast: torch wants these types.
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
         archive = table.archive
-        self._archive = archive
-        # No device, no cast, no cache: bytes become tensors as they are.
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
         # All that a small read needs, in one look-up.
         self._hot: tuple[Any, ...] = (
@@ -104,15 +268,6 @@ class TensorReader:
         buffer, dtype, sizes, strides = found
         # In place, so that the result is no view of another tensor; half the cost of view().
         return frombuffer(buffer, dtype=dtypes[dtype]).as_strided_(sizes, strides)
-
-    def _tensor_otherwise(self, number: int) -> Any:
-        """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
-        table, row = self.table, self.table.row(number)
-        storage = row.storage
-        found_now = self._is_plain and table.direct[storage] < 0 and row.extent > 0
-        if found_now and table.record(storage) == table.direct[storage] and not row.flags:
-            return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
-        return self._tensor_slowly(number)
 
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]
@@ -154,7 +309,6 @@ class TensorReader:
         return made.requires_grad_() if row.requires_grad else made
 
     def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
-        """A tensor with what is wrapped around it."""
         if leaf.composite is None:
             made = self.tensor(leaf.number)
         else:
@@ -162,10 +316,12 @@ class TensorReader:
         if leaf.parameter:
             _check_grad(made, leaf.requires_grad)
             made = self.torch.nn.Parameter(made.detach(), leaf.requires_grad)
-        return _with_attributes(self.torch, made, attributes)
+        return self.attributed(made, attributes)
+
+    def attributed(self, made: Any, state: Any) -> Any:
+        return _with_attributes(self.torch, made, state)
 
     def composite(self, node: int, member: Callable[[Member], Any], argument: Callable[[int], Any]) -> Any:
-        """A tensor of several parts; see composites.compose."""
         about = self.table.composite(node)
         with self.torch.inference_mode(False), self.torch.no_grad():
             made = self._placed(compose(self.torch, about, member, argument), about)
@@ -190,16 +346,6 @@ class TensorReader:
         untyped = self.place.storage(untyped, table.program.locations[row.storage])
         return self._view(untyped, row, geometry._replace(storage_offset=0))
 
-    def _argument(self, position: int) -> Any:
-        """An argument that is no tensor: a number, a list, a NumPy array."""
-        return self.table.program.build(position, self._no_leaf, self.special)
-
-    def _no_leaf(self, _kind: int, _payload: int) -> Any:
-        raise TableError("a tensor stands where a number is meant")
-
-    def _unit(self, dtype: int) -> int:
-        return self.table.dtype(dtype).unit if self.table.swapped else 1
-
     def _storage(self, storage: int, start: int, nbytes: int, unit: int = 1) -> Any:
         """Bytes [start, start + nbytes) of a storage, in this host's byte order, as an UntypedStorage of just these."""
         return self._storages([(storage, start, nbytes, unit)])[0]
@@ -218,28 +364,6 @@ class TensorReader:
             made.append(flat.untyped_storage())
         return made
 
-    def _buffers(self, wanted: Iterable[tuple[int, int, int]]) -> list[Any]:
-        """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
-        table, archive = self.table, self._archive
-        direct, allocate = table.direct, archive.backend.allocate
-        jobs: list[int] = []
-        buffers: list[Any] = []
-        for storage, start, nbytes in wanted:
-            record = direct[storage]
-            if not nbytes:
-                buffers.append(None)
-                continue
-            if record < 0:
-                record = table.record(storage)
-                if not archive.is_stored(record):
-                    buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
-                    continue
-            jobs += (record, start, nbytes, len(buffers), 0)
-            buffers.append(allocate(nbytes))
-        if jobs:
-            archive.read_into(jobs, [b"" if buffer is None else buffer for buffer in buffers], self.threads)
-        return buffers
-
     def _cached_storage(self, storage: int) -> Any:
         assert self._cache is not None
         made = self._cache.get(storage)
@@ -248,19 +372,6 @@ class TensorReader:
             made = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
             made = self._cache.setdefault(storage, self.place.storage(made, self.table.program.locations[storage]))
         return made
-
-    def _whole_unit(self, storage: int) -> int:
-        """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
-        if not self.table.swapped:
-            return 1
-        rows = (self.table.row(number) for number in range(self.table.program.tensor_count))
-        units = (self._unit(row.dtype) for row in rows if row.storage == storage)
-        return max(units, default=self._own_unit(storage))
-
-    def _own_unit(self, storage: int) -> int:
-        """The same for a storage without tensors: that of its class. Untyped bytes stay as they are."""
-        dtype = self.table.storage_dtype(storage)
-        return self._unit(dtype) if dtype < len(DTYPES) else 1
 
     def storage_value(self, storage: int, untyped: Any = None) -> Any:
         """A storage that stands as a value: torch.UntypedStorage, or a TypedStorage where the file has a typed class."""
@@ -278,14 +389,12 @@ class TensorReader:
 
     # ---------------------------------------------------------------- a part of one tensor
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
-        """The elements of a basic index, in memory of their own. Reads these bytes, and little else."""
         if leaf.composite is not None:
             return self._slice_composite(leaf, self.table.composite(leaf.composite), wanted)
         row = self.table.row(leaf.number)
         return self._slice(row, self.table.geometry(row), wanted, leaf.requires_grad)
 
     def slice_member(self, each: Member, wanted: Any) -> Any:
-        """The same of a dense part of a composite."""
         row, geometry = self.table.member(each)
         return self._slice(row, geometry, wanted, row.requires_grad)
 
@@ -389,32 +498,18 @@ class TensorReader:
                 view = self.torch.empty(0, dtype=self.torch.uint8, device="cpu").set_(part, 0, (nbytes,), (1,))
                 joined[i * nbytes : (i + 1) * nbytes] = view
             return joined.untyped_storage()
-        record = table.record(row.storage)
-        buffer = self._archive.backend.allocate(nbytes * len(runs))
-        jobs = array("q")
-        for i, start in enumerate(runs):
-            jobs.extend((record, start * itemsize, nbytes, 0, i * nbytes))
-        self._archive.read_into(jobs, [buffer], self.threads)
+        buffer = self._gather(table.record(row.storage), [start * itemsize for start in runs], nbytes)
         return self.torch.frombuffer(buffer, dtype=self.torch.uint8).untyped_storage()
 
     # ---------------------------------------------------------------- many tensors, sharing as the file does
     def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Rows by number and storages, each storage read once and whole -> (tensors by row, storages by id).
-
-        As torch.load does it: all tensors of one storage key are views of one storage.
-        """
         with self.torch.inference_mode(False):
             if self._is_plain and not self.table.swapped:
                 return self._shared_plainly(dict.fromkeys(numbers), storages)
             rows = {number: self.table.row(number) for number in dict.fromkeys(numbers)}
             if self.place.is_meta:
                 return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {})
-            units: dict[int, set[int]] = collections.defaultdict(set)
-            for row in rows.values():
-                units[row.storage].add(self._unit(row.dtype))
-            # In a file of foreign byte order, one storage under two element sizes has no whole form that is right for
-            # both: such tensors are read one by one.
-            mixed = {storage for storage, found in units.items() if len(found) > 1}
+            units, mixed = self._units(rows.values())
             whole = self._read_whole([*(s for s in units if s not in mixed), *storages], units)
             made = {}
             for number, row in rows.items():
@@ -471,22 +566,8 @@ class TensorReader:
         locations = table.program.locations
         return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}
 
-    def builder(self, positions: Sequence[int], instead: Mapping[int, Sequence[int]] | None = None) -> Builder:
-        """Builds these values as torch.load would return them, out of tensors that are all read here, in parallel.
-
-        `instead`: by node, the positions that are now below it in place of those in the file.
-        """
-        numbers, storages = _below(self.table, positions, instead or {})
-        tensors, whole = self.shared(numbers, storages)
-
-        def leaf(kind: int, payload: int) -> Any:
-            return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
-
-        return _Builder(self, leaf, whole)
-
     # ---------------------------------------------------------------- values that are no tensors
     def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
-        """What a known global or call of torch or NumPy means; see program.Special."""
         return special_value(self.torch, meaning, name, args, state)
 
 
@@ -538,7 +619,7 @@ def _check_grad(made: Any, wanted: bool) -> None:
 class _Builder(Builder):
     """A Builder that knows the composites, whose parts are views of the storages that were read."""
 
-    def __init__(self, reader: TensorReader, leaf: Callable[[int, int], Any], whole: Mapping[int, Any]) -> None:
+    def __init__(self, reader: RowReader, leaf: Callable[[int, int], Any], whole: Mapping[int, Any]) -> None:
         super().__init__(reader.table.program, leaf, reader.special)
         self._reader = reader
         self._whole = whole
@@ -551,7 +632,7 @@ class _Builder(Builder):
         made = self._reader.composite(node, self._member, self.value)
         if meaning == Meaning.TYPED:
             first, _ = program.span(program.payloads[program.span(node)[0] + ARGS])
-            made = _with_attributes(self._reader.torch, made, self.value(first + 3))
+            made = self._reader.attributed(made, self.value(first + 3))
         return made
 
     def _member(self, each: Member) -> Any:
