@@ -31,6 +31,7 @@ constexpr std::uint32_t kFlagDescriptor = 1 << 3;  // sizes and CRC follow the p
 constexpr std::uint32_t kFlagsRefused = 1 << 0 | 1 << 6 | 1 << 13;  // encrypted, strongly encrypted, masked headers
 constexpr std::uint32_t kStored = 0;
 constexpr std::uint16_t kZip64 = 1;  // 4.5.3
+constexpr std::size_t kFewNames = 4;  // up to here, names that are looked for are compared and not hashed
 
 [[noreturn]] void refuse(std::uint64_t offset, const std::string& what) { throw Error(Blame::archive, offset, what); }
 
@@ -474,6 +475,19 @@ std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::si
     }
     longest = std::max(longest, names[i].size);
   }
+  // Of a few names each is compared: cheaper than to hash all those of the directory.
+  const bool is_few = names.size() <= kFewNames;
+  const auto number_of = [&](Span name) {
+    if (!is_few) {
+      return index.find(siphash(name, process_sip_key()), same_as(name));
+    }
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      if (names[i].text() == name.text()) {
+        return i;
+      }
+    }
+    return HashIndex::kNotFound;
+  };
   for (std::size_t record = 0; record < count; ++record) {
     const auto start = static_cast<std::uint64_t>(entries[record].name_start);
     const auto nbytes = static_cast<std::uint64_t>(entries[record].name_nbytes);
@@ -486,7 +500,7 @@ std::vector<std::int64_t> find_records(Span block, const Entry* entries, std::si
       continue;
     }
     const Span name = whole.part(prefix.size, whole.size - prefix.size);
-    const std::size_t number = index.find(siphash(name, process_sip_key()), same_as(name));
+    const std::size_t number = number_of(name);
     if (number != HashIndex::kNotFound) {
       found[number] = static_cast<std::int64_t>(record);
     }

@@ -671,8 +671,6 @@ namespace {
 constexpr int kMaxMappings = 32000;
 std::atomic<int> mappings{0};
 
-std::size_t rounded_up(std::size_t nbytes, std::size_t to) { return (nbytes + to - 1) / to * to; }
-
 // Fresh anonymous pages that begin at a multiple of a huge page, or null. Over-mapped and trimmed: kernels before 6.7
 // place a mapping on any page.
 void* map_aligned(std::size_t nbytes) {

@@ -130,6 +130,8 @@ bool read_record_cached(const PosixReader& reader, const Archive& archive, std::
 void read_records(Reader& reader, const Archive& archive, const std::vector<Job>& jobs,
                   const std::vector<Destination>& buffers, int threads, const Poll& poll);
 
+constexpr std::size_t rounded_up(std::size_t nbytes, std::size_t to) { return (nbytes + to - 1) / to * to; }
+
 // Writable memory for large tensors, of any content: on huge pages and aligned to them where the system has any, since
 // page faults and not reading are what a warm load waits for.
 class Memory {

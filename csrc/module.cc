@@ -19,6 +19,7 @@
 #include "directory.h"
 #include "extent.h"
 #include "machine.h"
+#include "module_bytes.h"
 #include "module_graph.h"
 
 namespace zipslicer {
@@ -26,6 +27,10 @@ namespace {
 
 namespace py = pybind11;
 
+// Bytes; from here on what read_bytes reads stands on huge pages. One of them is cleared in the time of a hundred page
+// faults.
+constexpr std::size_t kFixedFrom = std::size_t{1} << 20;
+constexpr std::size_t kEntriesFrom = std::size_t{512} << 10;  // the same of entries
 // Bytes; from here on a buffer is Memory, below a bytearray. The least that Memory puts on a huge page.
 constexpr std::size_t kLargeFrom = kHugePage - kHugePage / 21;
 constexpr std::int64_t kSmallTo = 16 << 10;  // bytes; up to here a cached read is shorter than handing the GIL over
@@ -112,10 +117,14 @@ PyObject* translate_all() noexcept {
 // ---- arguments ----
 
 Span span_of(const py::handle& bytes) {
-  if (PyBytes_Check(bytes.ptr()) == 0) {
+  if (PyBytes_Check(bytes.ptr()) != 0) {
+    return {PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr()))};
+  }
+  const Span fixed = fixed_span(bytes);
+  if (fixed.data == nullptr) {
     throw py::type_error("bytes are wanted here");
   }
-  return {PyBytes_AS_STRING(bytes.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(bytes.ptr()))};
+  return fixed;
 }
 
 std::int64_t integer_of(const py::handle& number) {
@@ -378,18 +387,26 @@ py::object allocate(std::int64_t nbytes) { return NewBuffer(nbytes).object; }
 
 // ---- reads ----
 
-py::bytes read_bytes_of(const py::object& handle, std::int64_t offset, std::int64_t nbytes) {
+py::object read_bytes_of(const py::object& handle, std::int64_t offset, std::int64_t nbytes) {
   if (offset < 0 || nbytes < 0) {
     throw std::invalid_argument("an offset or a length is negative");
+  }
+  const auto size = static_cast<std::size_t>(nbytes);
+  const auto fill = [&](unsigned char* to) {
+    const std::vector<Extent> extents{{static_cast<std::uint64_t>(offset), {to, size}}};
+    with_reader(handle, nullptr, [&](Reader& reader, const Poll& poll) { read_extents(reader, extents, 1, poll); });
+  };
+  if (size >= kFixedFrom) {
+    auto fixed = std::make_unique<Fixed>(size);
+    fill(fixed->data());
+    return py::memoryview(py::cast(std::move(fixed)));
   }
   PyObject* const made = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes));
   if (made == nullptr) {
     throw py::error_already_set();
   }
-  auto bytes = py::reinterpret_steal<py::bytes>(made);
-  const Destination to{reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(made)), static_cast<std::size_t>(nbytes)};
-  const std::vector<Extent> extents{{static_cast<std::uint64_t>(offset), to}};
-  with_reader(handle, nullptr, [&](Reader& reader, const Poll& poll) { read_extents(reader, extents, 1, poll); });
+  auto bytes = py::reinterpret_steal<py::object>(made);
+  fill(reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(made)));
   return bytes;
 }
 
@@ -439,7 +456,48 @@ py::tuple tuple_of(const std::int64_t* numbers, std::size_t count) {
   return made;
 }
 
-// handle, stamp, block, entries, tensors, dims, direct, number, limit. The hot path, called once a small tensor.
+py::object owned(PyObject* made) {
+  if (made == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(made);
+}
+
+// The tensor that backend.Maker makes, and its memory; null for none, where a row is to be read in another way.
+struct Made {
+  Made(const py::handle& maker, std::int64_t dtype, const py::tuple& sizes, const py::tuple& strides, std::size_t size) {
+    if (PyTuple_Check(maker.ptr()) == 0 || PyTuple_GET_SIZE(maker.ptr()) != 6) {
+      throw py::type_error("a maker is the six of backend.Maker");
+    }
+    PyObject* const* const parts = &PyTuple_GET_ITEM(maker.ptr(), 0);
+    PyObject* const wanted = PyList_GetItem(parts[3], static_cast<Py_ssize_t>(dtype));
+    if (wanted == nullptr) {
+      throw py::error_already_set();
+    }
+    if (wanted == Py_None) {
+      return;
+    }
+    PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), wanted, parts[2]};
+    py::object made = owned(PyObject_Vectorcall(parts[0], arguments, 2, parts[1]));
+    if (reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())) != parts[4]) {
+      return;  // a mode of torch is on, under which it makes other things
+    }
+    const py::object address = owned(PyObject_CallOneArg(parts[5], made.ptr()));
+    void* const data = PyLong_AsVoidPtr(address.ptr());
+    if (data == nullptr && PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+    if (data != nullptr) {
+      to = {static_cast<unsigned char*>(data), size};
+      object = std::move(made);
+    }
+  }
+
+  py::object object;
+  Destination to{nullptr, 0};
+};
+
+// handle, stamp, block, entries, tensors, dims, direct, number, limit, maker. The hot path, called once a small tensor.
 py::object read_tensor_of(PyObject* const* arguments) {
   const Rows<TensorRow> rows(arguments[4]);
   const Rows<std::int64_t> dims(arguments[5]);
@@ -456,11 +514,31 @@ py::object read_tensor_of(PyObject* const* arguments) {
   const std::int64_t start = row.storage_offset * row.itemsize;
   const std::int64_t nbytes = row.extent * row.itemsize;
   check_range(view.archive, static_cast<std::size_t>(record), start, nbytes);
-  NewBuffer buffer(nbytes);
-  read_small(arguments[0], stamp, view.archive, static_cast<std::size_t>(record), start, buffer.to);
   const auto ndim = static_cast<std::size_t>(row.ndim);
-  const std::int64_t* const sizes = dims.run(row.dims, 2 * ndim);
-  return py::make_tuple(std::move(buffer.object), row.dtype, tuple_of(sizes, ndim), tuple_of(sizes + ndim, ndim));
+  const std::int64_t* const shape = dims.run(row.dims, 2 * ndim);
+  const py::tuple sizes = tuple_of(shape, ndim);
+  const py::tuple strides = tuple_of(shape + ndim, ndim);
+  const auto read = [&](Destination to) {
+    read_small(arguments[0], stamp, view.archive, static_cast<std::size_t>(record), start, to);
+  };
+  if (arguments[9] == Py_None) {
+    NewBuffer buffer(nbytes);
+    read(buffer.to);
+    return py::make_tuple(std::move(buffer.object), row.dtype, sizes, strides);
+  }
+  std::uint64_t extent = 1;  // unsigned, which may wrap: no row that scan_pickle made does
+  for (std::size_t dim = 0; dim < ndim; ++dim) {
+    extent += (static_cast<std::uint64_t>(shape[dim]) - 1) * static_cast<std::uint64_t>(shape[ndim + dim]);
+  }
+  if (extent != static_cast<std::uint64_t>(row.extent)) {  // of so many elements the memory will be
+    throw std::invalid_argument("the extent of a row is not that of its sizes and strides");
+  }
+  Made made(arguments[9], row.dtype, sizes, strides, static_cast<std::size_t>(nbytes));
+  if (!made.object) {
+    return py::none();
+  }
+  read(made.to);
+  return std::move(made.object);
 }
 
 // Functions that take their arguments as an array. pybind11's wrapping would add 0.16 us to 1.1 us.
@@ -478,7 +556,7 @@ PyObject* raw(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count
 
 // ---- the directory ----
 
-py::tuple find_directory_of(const py::bytes& tail, std::uint64_t tail_offset, std::uint64_t base) {
+py::tuple find_directory_of(const py::object& tail, std::uint64_t tail_offset, std::uint64_t base) {
   const Directory directory = [&] {
     const Span span = span_of(tail);
     const py::gil_scoped_release released;
@@ -487,27 +565,32 @@ py::tuple find_directory_of(const py::bytes& tail, std::uint64_t tail_offset, st
   return py::make_tuple(directory.offset, directory.nbytes, directory.count);
 }
 
-py::tuple parse_directory_of(const py::bytes& block, std::uint64_t count, std::uint64_t offset, std::uint64_t base) {
+py::tuple parse_directory_of(const py::object& block, std::uint64_t count, std::uint64_t offset, std::uint64_t base) {
   const Span span = span_of(block);
   // A larger count is refused by the parser before it needs more rows.
   const auto rows = static_cast<std::size_t>(std::min<std::uint64_t>(count, span.size / kCentralNbytes));
-  py::object entries = new_bytearray(rows * sizeof(Entry));
-  auto* const first = reinterpret_cast<Entry*>(PyByteArray_AS_STRING(entries.ptr()));
+  const std::size_t nbytes = rows * sizeof(Entry);
+  const bool is_large = nbytes >= kEntriesFrom;
+  NewBuffer entries(static_cast<std::int64_t>(is_large ? rounded_up(nbytes, kHugePage) : nbytes));
+  if (is_large) {
+    entries.object = entries.object[py::slice(0, static_cast<py::ssize_t>(nbytes), 1)];
+  }
+  auto* const first = reinterpret_cast<Entry*>(entries.to.data);
   const std::size_t prefix_nbytes = [&] {
     const py::gil_scoped_release released;
     return parse_directory(span, count, offset, base, first);
   }();
-  return py::make_tuple(std::move(entries), prefix_nbytes);
+  return py::make_tuple(std::move(entries.object), prefix_nbytes);
 }
 
-std::uint64_t parse_local_header_of(const py::bytes& head, const py::bytes& block, const py::object& entries,
+std::uint64_t parse_local_header_of(const py::bytes& head, const py::object& block, const py::object& entries,
                                     std::size_t record) {
   const ArchiveView view(block, entries);
   check_range(view.archive, record, 0, 0);
   return parse_local_header(span_of(head), view.archive.block, view.archive.entries[record]);
 }
 
-py::list find_records_of(const py::bytes& block, const py::object& entries, const py::bytes& prefix,
+py::list find_records_of(const py::object& block, const py::object& entries, const py::bytes& prefix,
                          const py::bytes& names, const py::list& ends) {
   const ArchiveView view(block, entries);
   const Span letters = span_of(names);
@@ -543,9 +626,9 @@ PyMethodDef raw_functions[] = {
     raw_method<read_record_of, 7>("read_record",
                                   "read_record($module, handle, stamp, block, entries, record, start, nbytes, /)"
                                   "\n--\n\n"),
-    raw_method<read_tensor_of, 9>("read_tensor",
-                                  "read_tensor($module, handle, stamp, block, entries, tensors, dims, direct, number, "
-                                  "limit, /)\n--\n\n"),
+    raw_method<read_tensor_of, 10>("read_tensor",
+                                   "read_tensor($module, handle, stamp, block, entries, tensors, dims, direct, number, "
+                                   "limit, maker, /)\n--\n\n"),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -573,6 +656,7 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
   module.attr("name") = "native";
 
   bind_memory(module);
+  bind_fixed(module);
   module.def("allocate", &allocate, py::arg("nbytes"), py::pos_only());
   module.def("read_bytes", &read_bytes_of, py::arg("handle"), py::arg("offset"), py::arg("nbytes"), py::pos_only());
   if (PyModule_AddFunctions(module.ptr(), raw_functions) != 0) {

@@ -12,6 +12,7 @@
 
 #include "extent.h"
 #include "machine.h"
+#include "module_bytes.h"
 
 namespace zipslicer {
 namespace {
@@ -128,7 +129,7 @@ class Columns {
  public:
   explicit Columns(std::size_t nbytes) {
     if (nbytes >= kHugeFrom) {
-      auto memory = std::make_unique<Memory>((nbytes + kHugePage - 1) / kHugePage * kHugePage);
+      auto memory = std::make_unique<Memory>(rounded_up(nbytes, kHugePage));
       data_ = memory->data();
       whole_ = py::memoryview(py::cast(std::move(memory)));
     }
@@ -225,9 +226,13 @@ Limits limits_of(const py::sequence& limits) {
 }  // namespace
 
 py::tuple scan_pickle_to_python(const py::object& program, const py::object& actions, const py::sequence& limits) {
-  // Whatever is not bytes may change under us while the GIL is released: it is copied first.
-  const py::object fixed = PyBytes_CheckExact(program.ptr()) != 0 ? program : owned(PyBytes_FromObject(program.ptr()));
-  const Span bytes(PyBytes_AS_STRING(fixed.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(fixed.ptr())));
+  // What others can write to may change under us while the GIL is released: it is copied first.
+  py::object copy;
+  Span bytes = fixed_span(program);
+  if (bytes.data == nullptr) {
+    copy = PyBytes_CheckExact(program.ptr()) != 0 ? program : owned(PyBytes_FromObject(program.ptr()));
+    bytes = Span(PyBytes_AS_STRING(copy.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(copy.ptr())));
+  }
   const Actions known = actions_of(actions);
   const Limits checked = limits_of(limits);
   const Graph graph = [&] {

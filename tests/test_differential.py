@@ -374,7 +374,7 @@ def test_read_tensor(native: Any, data: st.DataObject) -> None:
     row = array("q", (storage, 3, itemsize, start, 0, ndim, flags, 0, extent)).tobytes()
     handle = Memory(content).handle
     limit = data.draw(st.sampled_from([1, 16, 4096]))
-    result = compare(native, "read_tensor", handle, b"", block, entries, row, memoryview(dims), direct, 0, limit)
+    result = compare(native, "read_tensor", handle, b"", block, entries, row, memoryview(dims), direct, 0, limit, None)
     if storage == 2 or flags or not 0 < extent * itemsize < limit:
         assert result == ("came", None)
     else:

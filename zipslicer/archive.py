@@ -11,15 +11,16 @@ import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
-from .backend import ENTRY_FIELDS, JOB_FIELDS, Backend, Buffer, Entry, Job
+from .backend import ENTRY_FIELDS, JOB_FIELDS, Backend, Buffer, Entry, Job, Text
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import Limits
-from .source import ByteSource, read_at
+from .source import ByteSource, head_at, read_at, text_at
 
 __all__ = ["LOCAL_SIGNATURE", "STORED", "Archive", "window_of"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
+FEW_NBYTES = 512  # which are read in one call with their header
 LOCAL_SIGNATURE = b"PK\x03\x04"
 METHOD_NAMES = {1: "shrink", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
 SIGNATURES = {
@@ -62,7 +63,7 @@ class Archive:
         end = self.base + self.nbytes
         tail_offset = max(self.base, end - TAIL_NBYTES)
         tail = read_at(self.backend, self.source, tail_offset, end - tail_offset)
-        head = tail[:512] if tail_offset == self.base else read_at(self.backend, self.source, self.base, 512)
+        head = head_at(self.backend, self.source, self.base, self.nbytes)
         _refuse_other_formats(head, tail, self.base)
         offset, nbytes, count = self.backend.find_directory(tail, tail_offset, self.base)
         if head[:4] != LOCAL_SIGNATURE:
@@ -74,9 +75,9 @@ class Archive:
                 offset=offset,
             )
         if offset >= tail_offset:
-            self.block = tail[offset - tail_offset : offset - tail_offset + nbytes]
+            self.block: Text = tail[offset - tail_offset : offset - tail_offset + nbytes]
         else:
-            self.block = read_at(self.backend, self.source, offset, nbytes)
+            self.block = text_at(self.backend, self.source, offset, nbytes)
         self.count = count
         self._parse_directory(offset)
 
@@ -84,7 +85,11 @@ class Archive:
         self.entries, prefix_nbytes = self.backend.parse_directory(self.block, self.count, offset, self.base)
         self._columns = memoryview(self.entries).cast("q")
         start = self.field(0, Entry.NAME_START)
-        self.root = self.block[start : start + prefix_nbytes]
+        self.root = bytes(self.block[start : start + prefix_nbytes])
+
+    def fingerprint(self) -> int:
+        """By which the same file is known again: the CRC-32 of its directory, which has those of all records."""
+        return zlib.crc32(self.block)
 
     def field(self, record: int, field: int) -> int:
         """One Entry field of a record."""
@@ -97,7 +102,7 @@ class Archive:
     def name(self, record: int) -> str:
         """A record's whole name, as text for people."""
         start = self.field(record, Entry.NAME_START)
-        return self.block[start : start + self.field(record, Entry.NAME_NBYTES)].decode("utf-8", "backslashreplace")
+        return str(self.block[start : start + self.field(record, Entry.NAME_NBYTES)], "utf-8", "backslashreplace")
 
     def names(self) -> list[str]:
         """All records, in directory order."""
@@ -142,7 +147,11 @@ class Archive:
         return bytes(self._read(record, start, max(0, min(nbytes, self.field(record, Entry.NBYTES) - start))))
 
     def read(self, record: int, limit: int | None = None) -> bytes:
-        """A whole record, inflated if need be. For small records and programs; `limit` bounds its bytes.
+        """A whole record, inflated if need be. For small records; `limit` bounds its bytes. Raises: as text."""
+        return bytes(self.text(record, limit))
+
+    def text(self, record: int, limit: int | None = None) -> Text:
+        """The same as the backend has read it: for programs.
 
         Raises: ArchiveError, UnsupportedError, ChangedError, OSError; ProgramError where the limit is passed.
         """
@@ -154,7 +163,9 @@ class Archive:
                 path=self.source.path,
             )
         if self.is_stored(record):
-            return read_at(self.backend, self.source, *self.extent(record))
+            if nbytes <= FEW_NBYTES:
+                return bytes(self._read(record, 0, nbytes))
+            return text_at(self.backend, self.source, *self.extent(record))
         stored = self.field(record, Entry.STORED_NBYTES)
         if limit is not None and nbytes > min(limits.inflated_nbytes, limits.inflated_ratio * max(stored, 1024)):
             raise ProgramError(

@@ -12,12 +12,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, Union, cast
 
-__all__ = ["ENTRY_FIELDS", "Backend", "Buffer", "Graph", "Handle", "Kind", "Limits", "Verb", "choose"]
+__all__ = ["ENTRY_FIELDS", "Backend", "Buffer", "Graph", "Handle", "Kind", "Limits", "Maker", "Text", "Verb", "choose"]
 
 Buffer = Union[bytearray, memoryview, Any]  # anything writable and contiguous that speaks the buffer protocol
+
+Text = Union[bytes, memoryview]  # what a parser reads: bytes, or a view of such that nobody can write to
 
 
 class Reader(Protocol):
@@ -203,6 +205,17 @@ class Graph(NamedTuple):
     nbytes: int  # of the pickle, STOP included
 
 
+class Maker(NamedTuple):
+    """How read_tensor makes what it fills: make(sizes, strides, dtype=dtypes[dtype], device=device)."""
+
+    make: Callable[..., Any]
+    keywords: tuple[str, str]  # ("dtype", "device")
+    device: Any
+    dtypes: list[Any]  # None for one that is made in another way
+    type: type  # of what it makes: anything else is not filled
+    address: Callable[[Any], int]  # of its memory, which has the extent of sizes and strides; 0 for none
+
+
 class Backend(Protocol):
     """What a backend does."""
 
@@ -215,15 +228,15 @@ class Backend(Protocol):
         """A writable buffer of nbytes, of any content; about 2 MiB and more on huge pages, where there are any."""
         ...
 
-    def read_bytes(self, handle: Handle, offset: int, nbytes: int, /) -> bytes:
-        """A stretch of the file, whole, for a parser.
+    def read_bytes(self, handle: Handle, offset: int, nbytes: int, /) -> Text:
+        """A stretch of the file, whole, for a parser; many bytes may be a read-only view that nobody else can write to.
 
         Raises: OSError; ChangedError where the file ends first, at the offset of the first byte that is missing.
         """
         ...
 
     def read_record(
-        self, handle: Handle, stamp: bytes, block: bytes, entries: bytearray, record: int, start: int, nbytes: int, /
+        self, handle: Handle, stamp: bytes, block: Text, entries: Buffer, record: int, start: int, nbytes: int, /
     ) -> Buffer:
         """One small read: bytes [start, start + nbytes) of a stored record, in a new buffer. One preadv and one fstat.
 
@@ -239,19 +252,21 @@ class Backend(Protocol):
         self,
         handle: Handle,
         stamp: bytes,
-        block: bytes,
-        entries: bytearray,
+        block: Text,
+        entries: Buffer,
         tensors: Buffer,
         dims: Buffer,
         direct: Buffer,
         number: int,
         limit: int,
+        maker: Maker | None,
         /,
-    ) -> tuple[Buffer, int, tuple[int, ...], tuple[int, ...]] | None:
-        """The extent of row `number` of Graph.tensors by read_record -> (buffer, dtype, sizes, strides).
+    ) -> Any:
+        """The extent of row `number` of Graph.tensors by read_record -> what the maker makes, filled.
 
-        `direct` is an int64 for each storage: the stored record that holds its bytes as they are, or -1. None for a row
-        without one, with flags, of no elements, or of `limit` bytes or more: what is not the common case of small
+        Without a maker a tuple (buffer, dtype, sizes, strides). `direct` is an int64 for each storage: the stored record
+        that holds its bytes as they are, or -1. None for a row without one, with flags, of no elements, or of `limit`
+        bytes or more, and where the maker makes nothing that can be filled: what is not the common case of small
         tensors, which this makes one call.
 
         Raises: OSError, ArchiveError, ChangedError.
@@ -262,8 +277,8 @@ class Backend(Protocol):
         self,
         handle: Handle,
         stamp: bytes,
-        block: bytes,
-        entries: bytearray,
+        block: Text,
+        entries: Buffer,
         jobs: bytes,
         buffers: Sequence[Buffer],
         threads: int,
@@ -275,7 +290,7 @@ class Backend(Protocol):
         """
         ...
 
-    def find_directory(self, tail: bytes, tail_offset: int, base: int, /) -> tuple[int, int, int]:
+    def find_directory(self, tail: Text, tail_offset: int, base: int, /) -> tuple[int, int, int]:
         """The last bytes of an archive that begins at `base` -> (offset, nbytes, count) of its central directory.
 
         `tail` begins at file offset `tail_offset` and reaches to the archive's end; it holds the whole archive or at
@@ -283,7 +298,7 @@ class Backend(Protocol):
         """
         ...
 
-    def parse_directory(self, block: bytes, count: int, offset: int, base: int, /) -> tuple[bytearray, int]:
+    def parse_directory(self, block: Text, count: int, offset: int, base: int, /) -> tuple[Buffer, int]:
         """The central directory, which lies at file offset `offset` -> (entries, prefix_nbytes).
 
         `entries` is count rows of ENTRY_FIELDS int64 in directory order; the archive root is the first prefix_nbytes
@@ -292,7 +307,7 @@ class Backend(Protocol):
         ...
 
     def find_records(
-        self, block: bytes, entries: bytearray, prefix: bytes, names: bytes, ends: Sequence[int], /
+        self, block: Text, entries: Buffer, prefix: bytes, names: bytes, ends: Sequence[int], /
     ) -> list[int]:
         """For each name the index of the record that is called prefix + name, byte for byte; -1 where there is none.
 
@@ -300,14 +315,14 @@ class Backend(Protocol):
         """
         ...
 
-    def parse_local_header(self, head: bytes, block: bytes, entries: bytearray, record: int, /) -> int:
+    def parse_local_header(self, head: bytes, block: Text, entries: Buffer, record: int, /) -> int:
         """The first bytes of a record, from its local header on -> file offset of its payload; proves that both headers agree.
 
         `head` must reach over the fixed 30 bytes, the name and the extra field. Raises: ArchiveError.
         """
         ...
 
-    def scan_pickle(self, program: bytes, actions: Actions, limits: Sequence[int], /) -> tuple[Any, ...]:
+    def scan_pickle(self, program: Text, actions: Actions, limits: Sequence[int], /) -> tuple[Any, ...]:
         """A pickle -> the fields of a Graph. Runs nothing, imports nothing, and never recurses.
 
         Raises: ProgramError, TableError, UnsupportedError, UnsafeError; offset counts from the pickle's first byte and

@@ -7,7 +7,6 @@ import functools
 import os
 import sys
 import warnings
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,11 +140,18 @@ def open(
     options = ReadOptions(map_location, dtype, cache_tensors, threads, framework)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     found, is_index = locate(source)
-    if is_index:
-        if window is not None:
-            raise ValueError("window= is of one file, and this is an index of several")
-        return Checkpoint(_sharded(os.fspath(found), options, terms, check))
-    return Checkpoint(_file(options, terms, found))
+    if not is_index:
+        try:
+            return Checkpoint(_file(options, terms, found))
+        except (IsADirectoryError, PermissionError):  # the latter is what Windows says of a folder
+            if not (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
+                raise
+        found, is_index = locate(source, is_folder=True)
+    if not is_index:
+        return Checkpoint(_file(options, terms, found))
+    if window is not None:
+        raise ValueError("window= is of one file, and this is an index of several")
+    return Checkpoint(_sharded(os.fspath(found), options, terms, check))
 
 
 def load(
@@ -236,7 +242,7 @@ def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     if not isinstance(archive, Legacy) and not (terms.record == "data.pkl" and main >= 0 > constants):
         layout = read_layout(archive, terms.record, swapped)
     if layout is None:
-        return _of_table(_table(archive, terms, swapped), options, terms)
+        return _of_table(_table(archive, terms, swapped, main), options, terms)
     views = []
     for part in layout.parts:
         of_part = dataclasses.replace(terms, record=part.record)
@@ -256,7 +262,7 @@ def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
     source = table.archive.source
     again = None
     if source.path is not None:
-        again = (_reopen, (source.path, options, terms, zlib.crc32(table.archive.block)))
+        again = (_reopen, (source.path, options, terms))
     return View(table, options, again)
 
 
@@ -267,32 +273,36 @@ def _archive(source: ByteSource, terms: _Terms) -> Archive:
         return flat_archive(source, _BACKEND, terms.limits, terms.window, terms.record, error)
 
 
-def _table(archive: Archive, terms: _Terms, swapped: bool) -> TensorTable:
-    """A record of an archive: a pickle, a config of torch.export, or a checkpoint of its own."""
+def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = None) -> TensorTable:
+    """A record of an archive: a pickle, a config of torch.export, or a checkpoint of its own.
+
+    `main` is the number of data.pkl, where it is known.
+    """
     record = terms.record
     if record != "data.pkl" and not isinstance(archive, Legacy):
         if is_config(record):
             return read_config(archive, record, swapped)[0]
         if is_checkpoint(archive, record):
             window = archive.extent(archive.find([record])[0])
-            archive, record = open_archive(archive.source, _BACKEND, terms.limits, window), "data.pkl"
+            archive, record, main = open_archive(archive.source, _BACKEND, terms.limits, window), "data.pkl", None
             swapped = _is_swapped(archive, archive.find(["byteorder"])[0])
     if isinstance(archive, Legacy):
         if record != "data.pkl":
             raise ArchiveError(f"a file from before torch 1.6 has no record {record!r}", path=archive.source.path)
         return TensorTable(archive.run(terms.unknown, terms.allow), archive, swapped)
-    program = run_program(archive, terms.limits, record=record, unknown=terms.unknown, allow=terms.allow)
+    number = main if record == "data.pkl" else None
+    program = run_program(archive, terms.limits, record=record, number=number, unknown=terms.unknown, allow=terms.allow)
     if record != "data.pkl" and is_package(archive):
         return TensorTable(program, archive, swapped, ".data", ".storage")
     return TensorTable(program, archive, swapped, record.removesuffix(".pkl"))
 
 
-def _reopen(path: str, options: ReadOptions, terms: _Terms, crc: int) -> View:
+def _reopen(path: str, options: ReadOptions, terms: _Terms, fingerprint: int) -> View:
     """Unpickle: the same program of the same file at the same path, known by its directory."""
     source = open_source(path)
     try:
         view = _one(source, options, terms)
-        if zlib.crc32(view.table.archive.block) != crc:
+        if view.table.archive.fingerprint() != fingerprint:
             raise ChangedError("the file at this path is not the one that was pickled", path=path)
         return view
     except BaseException:

@@ -412,7 +412,7 @@ class FlatArchive(Archive):
 
     def _parse_directory(self, offset: int) -> None:
         # The parser wants all names in one folder. It gets others of the same lengths, and the entries mean these.
-        block, stand_ins, seen, at = self.block, bytearray(self.block), set[bytes](), 0
+        block, stand_ins, seen, at = bytes(self.block), bytearray(self.block), set[bytes](), 0
         while at + CENTRAL_NBYTES <= len(block):
             n_name, n_extra, n_comment = NAME_SIZES.unpack_from(block, at + NAME_SIZES_AT)
             start, end = at + CENTRAL_NBYTES, at + CENTRAL_NBYTES + n_name

@@ -34,7 +34,7 @@ from .backend import (
 from .errors import ArchiveError, ProgramError, TableError, UnsupportedError, ZipSlicerError
 from .policy import DTYPES, Limits, machine_limits
 from .program import Program, known_actions
-from .source import ByteSource, read_at
+from .source import ByteSource, head_at, read_at
 
 __all__ = ["Legacy", "open_archive"]
 
@@ -57,7 +57,7 @@ def open_archive(
 ) -> Archive:
     """The archive that a file is, known by its first bytes. A Legacy one has no records before it was run."""
     base, nbytes = window_of(source, window)
-    head = read_at(backend, source, base, min(nbytes, BLOCK))
+    head = head_at(backend, source, base, nbytes)
     if head[:4] != LOCAL_SIGNATURE:
         if MAGIC_BYTES in head[:32]:
             return Stream(source, backend, limits, window)

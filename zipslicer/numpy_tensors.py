@@ -60,7 +60,7 @@ class ArrayReader(RowReader):
     def tensor(self, number: int) -> Any:
         """A dense row as an array of its own, as options want it."""
         read_tensor, source, block, entries, rows, dims, direct = self._hot
-        found = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED)
+        found = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED, None)
         if found is None:
             return self._tensor_otherwise(number)
         buffer, dtype, sizes, strides = found

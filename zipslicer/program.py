@@ -593,18 +593,19 @@ def run_program(
     limits: Limits,
     *,
     record: str = "data.pkl",
+    number: int | None = None,
     unknown: str = "placeholder",
     allow: Mapping[str, Any],
 ) -> Program:
-    """Read a record that holds a pickle and scan it.
+    """Read a record that holds a pickle and scan it; `number` is the record's, where that is known.
 
     Raises: ArchiveError, ProgramError, TableError, UnsupportedError; UnsafeError with unknown="error".
     """
-    found = archive.find([record])[0]
+    found = archive.find([record])[0] if number is None else number
     if found < 0:
         why = ": torch.save did not finish it" if record == "data.pkl" else ""
         raise ArchiveError(f"the archive has no record {record!r}{why}", path=archive.source.path)
-    text = archive.read(found, limits.program_nbytes)
+    text = archive.text(found, limits.program_nbytes)
     known = known_actions(unknown, allow)
     try:
         columns = archive.backend.scan_pickle(text, known, machine_limits(limits, unknown == "error"))

@@ -19,7 +19,7 @@ from .backend import ENTRY_FIELDS, Backend, Graph, Kind
 from .errors import ArchiveError, ChangedError, UnsupportedError
 from .policy import DTYPES, Limits
 from .program import Program
-from .source import ByteSource, read_at
+from .source import ByteSource, head_at, read_at
 from .table import TensorTable
 
 __all__ = ["SafetensorsArchive", "is_safetensors", "safetensors_table"]
@@ -35,8 +35,8 @@ def is_safetensors(source: ByteSource, backend: Backend) -> bool:
     room = source.size - source.start - LENGTH.size
     if room < 2:
         return False
-    head = read_at(backend, source, source.start, LENGTH.size + 1)
-    return head[-1:] == b"{" and 2 <= LENGTH.unpack_from(head)[0] <= room
+    head = head_at(backend, source, source.start, source.size - source.start)
+    return head[LENGTH.size : LENGTH.size + 1] == b"{" and 2 <= LENGTH.unpack_from(head)[0] <= room
 
 
 class SafetensorsArchive(Archive):
@@ -95,11 +95,12 @@ class SafetensorsArchive(Archive):
         # What pickling compares: the header is in it.
         self.block = b"".join(names) + read_at(backend, source, 0, header_nbytes)
         self._columns = memoryview(self.entries).cast("q")
+        self._numbers = {name: number for number, name in enumerate(names)}
 
     def find_in(self, folder: str, names: bytes, ends: Sequence[int]) -> list[int]:
-        """Each tensor has its own storage, and that its record, in this order."""
-        del folder, names
-        return list(range(len(ends)))
+        """Each tensor has its own storage, and that its record, called as the tensor is."""
+        del folder
+        return [self._numbers.get(names[start:end], -1) for start, end in zip([0, *ends], ends)]
 
 
 def _read_header(source: ByteSource) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:

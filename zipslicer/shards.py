@@ -56,10 +56,11 @@ class Index:
         return os.path.join(os.path.dirname(self.path), file)
 
 
-def locate(source: Any) -> tuple[Any, bool]:
+def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
     """A source as the caller has it -> (what to open, whether that is an index).
 
-    A path that ends in .json is an index. A folder is the one index in it, or else the one checkpoint.
+    A path that ends in .json is an index. A folder is the one index in it, or else the one checkpoint; whether a path
+    is one is looked at only where that was said: to open it tells as well.
 
     Raises:
         IsADirectoryError: there is none in it.
@@ -69,8 +70,11 @@ def locate(source: Any) -> tuple[Any, bool]:
     if not isinstance(source, (str, os.PathLike)):
         return source, False
     path = os.fspath(source)
-    if not isinstance(path, str) or not os.path.isdir(path):
-        return source, isinstance(path, str) and path.lower().endswith(".json")
+    is_json = isinstance(path, str) and path.lower().endswith(".json")
+    if not is_json and not is_folder:
+        return source, False
+    if not os.path.isdir(path):
+        return source, is_json
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if not entry.is_dir())
     indexes = [name for name in names if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in INDEX_NAMES)]

@@ -18,15 +18,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Union
 
-from .backend import Backend, Handle
+from .backend import Backend, Handle, Text
 from .errors import ArchiveError, ChangedError, ZipSlicerError
 from .policy import Limits
 
-__all__ = ["ByteSource", "LocalFile", "open_source"]
+__all__ = ["HEAD_NBYTES", "ByteSource", "LocalFile", "head_at", "open_source", "read_at", "text_at"]
 
 Pathish = Union[str, "os.PathLike[str]"]
 
 GZIP = b"\x1f\x8b"
+HEAD_NBYTES = 512  # a block of tar
 CHUNK = 1 << 16  # bytes that are copied at a time; as gzip they become 66 MB at most
 # They can seek, by decompressing from the start again.
 FRONT_TO_BACK = {"gzip.GzipFile", "bz2.BZ2File", "lzma.LZMAFile", "zipfile.ZipExtFile"}
@@ -38,6 +39,7 @@ class ByteSource(Protocol):
 
     size: int
     start: int  # where an archive begins for whom no window is given: the position of a file object
+    head: bytes  # HEAD_NBYTES from there on, or what there is, of which formats are told; empty if nobody has looked
     stamp: bytes  # size, mtime in ns and inode as native int64, which the backend compares after each read; or b""
     path: str | None  # to say where, and to open again after pickling
 
@@ -63,6 +65,7 @@ class OpenFile:
         self._fd = fd
         self.path: str | None = path
         self.start = start
+        self.head = b""
         try:
             facts = os.fstat(fd)
             if stat.S_ISDIR(facts.st_mode):
@@ -125,6 +128,7 @@ class Memory:
     """
 
     stamp = b""
+    head = b""
     path: str | None = None
     start = 0
 
@@ -158,6 +162,7 @@ class FileObject:
     """A seekable binary file object, read under a lock; its position is put back. It stays open, and the caller's."""
 
     stamp = b""
+    head = b""
     path: str | None = None
 
     def __init__(self, file: Any) -> None:
@@ -224,8 +229,11 @@ def open_source(source: Any, limits: Limits | None = None) -> ByteSource:
         )
     try:
         made = opened
-        if opened.size - opened.start >= len(GZIP) and b"".join(_chunks(opened, len(GZIP))) == GZIP:
+        if opened.size > opened.start:
+            made.head = b"".join(_chunks(opened, min(HEAD_NBYTES, opened.size - opened.start)))
+        if made.head.startswith(GZIP):
             made = _spooled(_gunzipped(_chunks(opened), limits or Limits()), opened.path)
+            made.head = b"".join(_chunks(made, min(HEAD_NBYTES, made.size)))
     except BaseException as error:
         opened.close()
         if isinstance(error, ZipSlicerError):
@@ -358,7 +366,19 @@ def _spooled(chunks: Iterable[bytes], path: str | None = None) -> ByteSource:
 
 
 def read_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> bytes:
-    """Bytes of a source, whole, for the parsers. REQUIRES: offset + nbytes <= source.size, and nbytes is bounded."""
+    """Bytes of a source, whole. REQUIRES: offset + nbytes <= source.size, and nbytes is bounded."""
+    return bytes(text_at(backend, source, offset, nbytes))  # which are bytes already, if they are few
+
+
+def text_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> Text:
+    """The same for the parsers, which take many as the backend has read them."""
     if offset < 0 or offset + nbytes > source.size:
         raise ChangedError("the file ends before the bytes that are wanted of it", offset=source.size, path=source.path)
     return backend.read_bytes(source.handle, offset, nbytes)
+
+
+def head_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> bytes:
+    """Up to HEAD_NBYTES of the `nbytes` that begin at an offset, to tell formats by; at the start they are at hand."""
+    if offset == source.start and source.head:
+        return source.head[:nbytes]
+    return read_at(backend, source, offset, min(HEAD_NBYTES, nbytes))

@@ -55,7 +55,8 @@ class View:
         self.kinds, self.payloads = table.program.kinds, table.program.payloads
         self.options = options
         self.framework = table.framework = options.framework
-        self.recipe = recipe  # how to open the file again, for pickling; None where there is no path
+        # How to open the file again, for pickling: called with the archive's fingerprint last. None where there is no path.
+        self.recipe = recipe
         self.held: dict[int, Any] = {}  # containers and placeholders by node
         self._reader: RowReader | None = None
 
@@ -294,8 +295,9 @@ class View:
         """By path, with the edits of nested containers."""
         if self.recipe is None:
             raise TypeError("a checkpoint that was opened from bytes or a file object has no path to be pickled by")
+        function, arguments = self.recipe
         edits = {**self.changed(), **self.edited()}
-        return (*self.recipe, edits) if edits else self.recipe
+        return function, (*arguments, self.table.archive.fingerprint()), *([edits] if edits else [])
 
     def __setstate__(self, edits: dict[int, Any]) -> None:
         self.held.update(edits)

@@ -195,6 +195,7 @@ class TensorTable:
         self.folder = folder  # of the records that hold the storages: that of X.pkl is X
         self.suffix = suffix  # of their names, after the key
         self._records: list[int] | None = None
+        self._is_asked = False  # for the record of a storage
         self._composites: dict[int, Composite] = {}
         self._leaves: dict[int, Leaf | None] = {}  # of composites, by node
         # For each storage: its record if that is known to be whole and to hold the bytes as they are, else -1.
@@ -223,23 +224,27 @@ class TensorTable:
         return self.program.storages[storage * STORAGE_FIELDS + StorageField.DTYPE]
 
     def record_number(self, storage: int) -> int:
-        """The record of a storage, -1 if there is none. All are looked up at once, on first touch."""
+        """The record of a storage, -1 if there is none. The first is looked up alone, with the second all are."""
         if self._records is None:
-            self._records = self._find_records()
+            keys, ends = self.program.storage_keys()
+            if not self._is_asked:
+                self._is_asked = True
+                start = ends[storage - 1] if storage else 0
+                return self._find_records(keys[start : ends[storage]], [ends[storage] - start], [storage])[0]
+            self._records = self._find_records(keys, ends, range(len(ends)))
         return self._records[storage]
 
-    def _find_records(self) -> list[int]:
-        keys, ends = self.program.storage_keys()
+    def _find_records(self, keys: bytes, ends: Sequence[int], storages: Sequence[int]) -> list[int]:
         if self.suffix:
             names = [keys[start:end] + self.suffix.encode() for start, end in zip([0, *ends], ends)]
             keys, ends = b"".join(names), list(itertools.accumulate(map(len, names)))
         records = self.archive.find_in(f"{self.folder}/", keys, ends)
         if not self.swapped:
             # Those that need no second look: stored, and of just the size that the program says.
-            has, methods = self.archive.column(Entry.NBYTES), self.archive.column(Entry.METHOD)
-            wants = self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS].tolist()
-            for storage, (record, want) in enumerate(zip(records, wants)):
-                if record >= 0 and has[record] == want and methods[record] == STORED:
+            field, wants = self.archive.field, self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS]
+            for storage, record in zip(storages, records):
+                is_whole = record >= 0 and field(record, Entry.NBYTES) == wants[storage]
+                if is_whole and field(record, Entry.METHOD) == STORED:
                     self.direct[storage] = record  # in place: a reader holds it
         return records
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import functools
 import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import FIRST_NODE_KIND, Kind
+from .backend import FIRST_NODE_KIND, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError
 from .plan import Geometry, hull, index, is_contiguous, numel, pieces
@@ -81,9 +82,16 @@ class RowReader(abc.ABC):
 
     def __init__(self, table: TensorTable, options: ReadOptions) -> None:
         self.table = table
-        self.threads = options.threads or default_threads()
+        self._threads = options.threads
         self._archive = table.archive
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
+
+    @property
+    def threads(self) -> int:
+        """For one large read."""
+        if self._threads is None:
+            self._threads = default_threads()
+        return self._threads
 
     # ---------------------------------------------------------------- what each makes in its own way
     @abc.abstractmethod
@@ -221,6 +229,16 @@ class RowReader(abc.ABC):
         return _Builder(self, leaf, whole)
 
 
+@functools.cache
+def _maker(torch: Any) -> Maker:
+    """What makes small tensors; and the dtypes of this torch, by their index."""
+    dtypes = [getattr(torch, dtype.name, None) for dtype in DTYPES]
+    dtypes += [torch.uint8] * (256 - len(DTYPES))  # an untyped storage without a dtype is bytes
+    return Maker(
+        torch.empty_strided, ("dtype", "device"), torch.device("cpu"), dtypes, torch.Tensor, torch.Tensor.data_ptr
+    )
+
+
 class TensorReader(RowReader):
     """Makes tensors of torch."""
 
@@ -234,8 +252,8 @@ class TensorReader(RowReader):
 
         super().__init__(table, options)
         self.torch: Any = torch
-        self.dtypes = [getattr(torch, dtype.name, None) for dtype in DTYPES]
-        self.dtypes += [torch.uint8] * (256 - len(DTYPES))  # an untyped storage without a dtype is bytes
+        maker = _maker(torch)
+        self.dtypes = maker.dtypes
         self.place = _Place(torch, options)
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
         # What a quantized tensor is made with is not cast: torch wants these types.
@@ -251,23 +269,18 @@ class TensorReader(RowReader):
             table.program.tensors,
             table.program.dims,
             table.direct if self._is_plain else array("q", [-1]) * len(table.direct),
-            torch.frombuffer,
-            self.dtypes,
+            maker,
             torch.is_inference_mode_enabled,
         )
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
         """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, and one read."""
-        read_tensor, source, block, entries, rows, dims, direct, frombuffer, dtypes, is_inference = self._hot
+        read_tensor, source, block, entries, rows, dims, direct, maker, is_inference = self._hot
         if is_inference():
             return self._tensor_slowly(number)
-        found = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED)
-        if found is None:
-            return self._tensor_otherwise(number)
-        buffer, dtype, sizes, strides = found
-        # In place, so that the result is no view of another tensor; half the cost of view().
-        return frombuffer(buffer, dtype=dtypes[dtype]).as_strided_(sizes, strides)
+        made = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED, maker)
+        return self._tensor_otherwise(number) if made is None else made
 
     def _dtype(self, dtype: int) -> Any:
         made = self.dtypes[dtype]

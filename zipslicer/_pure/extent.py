@@ -155,49 +155,70 @@ def read_bytes(handle: Any, offset: int, nbytes: int) -> bytes:
     return bytes(buffer)
 
 
-def read_record(
-    handle: Any, stamp: bytes, block: bytes, entries: bytearray, record: int, start: int, nbytes: int
-) -> Any:
+def read_record(handle: Any, stamp: bytes, block: bytes, entries: Any, record: int, start: int, nbytes: int) -> Any:
     """See backend.Backend.read_record."""
     buffer = allocate(nbytes)
+    _read_record(handle, stamp, block, entries, record, start, memoryview(buffer))
+    return buffer
+
+
+def _read_record(
+    handle: Any, stamp: bytes, block: bytes, entries: Any, record: int, start: int, view: memoryview
+) -> None:
     rows = memoryview(entries).cast("q")
     payload = rows[record * ENTRY_FIELDS + 1]
     preadv = _preadv(handle)
     try:
         if payload >= 0:
-            _fill(preadv, [memoryview(buffer)], payload + start)
+            _fill(preadv, [view], payload + start)
         else:
-            _read_unproved(preadv, block, entries, record, start, memoryview(buffer))
+            _read_unproved(preadv, block, entries, record, start, view)
     except ArchiveError:
         _check_stamp(handle, stamp)  # a file rewritten under us is not an archive that lies
         raise
     _check_stamp(handle, stamp)
-    return buffer
 
 
 def read_tensor(
     handle: Any,
     stamp: bytes,
     block: bytes,
-    entries: bytearray,
+    entries: Any,
     tensors: Any,
     dims: Any,
     direct: Any,
     number: int,
     limit: int,
-) -> tuple[Any, int, tuple[int, ...], tuple[int, ...]] | None:
+    maker: Any,
+) -> Any:
     """See backend.Backend.read_tensor."""
     storage, dtype, itemsize, offset, start, ndim, flags, _, extent = TENSOR.unpack_from(tensors, number * TENSOR.size)
     record = direct[storage]
     nbytes = extent * itemsize
     if record < 0 or flags or not 0 < nbytes < limit:
         return None
-    buffer = read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes)
     shape = dims[start : start + 2 * ndim].tolist()
-    return buffer, dtype, tuple(shape[:ndim]), tuple(shape[ndim:])
+    sizes, strides = tuple(shape[:ndim]), tuple(shape[ndim:])
+    if maker is None:
+        buffer = read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes)
+        return buffer, dtype, sizes, strides
+    if extent != 1 + sum(
+        (n - 1) * stride for n, stride in zip(sizes, strides)
+    ):  # of so many elements the memory will be
+        raise ValueError("the extent of a row is not that of its sizes and strides")
+    if (wanted := maker.dtypes[dtype]) is None:
+        return None
+    made = maker.make(sizes, strides, dtype=wanted, device=maker.device)
+    if type(made) is not maker.type or not (address := maker.address(made)):
+        return None
+    import ctypes
+
+    view = memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+    _read_record(handle, stamp, block, entries, record, offset * itemsize, view)
+    return made
 
 
-def _read_unproved(preadv: Preadv, block: bytes, entries: bytearray, record: int, start: int, view: memoryview) -> None:
+def _read_unproved(preadv: Preadv, block: bytes, entries: Any, record: int, start: int, view: memoryview) -> None:
     """Read a payload and the header that proves where it is: in one call where the guess is right and they are near."""
     rows = memoryview(entries).cast("q")
     header = rows[record * ENTRY_FIELDS]
@@ -215,7 +236,7 @@ def _read_unproved(preadv: Preadv, block: bytes, entries: bytearray, record: int
         _fill(preadv, [view], payload + start)
 
 
-def _prove(preadv: Preadv, head: bytes, block: bytes, entries: bytearray, record: int) -> int:
+def _prove(preadv: Preadv, head: bytes, block: bytes, entries: Any, record: int) -> int:
     """Check a local header, of which `head` holds a first part, and write down where the payload begins."""
     rows = memoryview(entries).cast("q")
     header, limit = rows[record * ENTRY_FIELDS], rows[record * ENTRY_FIELDS + 4]
@@ -240,7 +261,7 @@ def _check_stamp(handle: Any, stamp: bytes) -> None:
 
 
 def read_records(
-    handle: Any, stamp: bytes, block: bytes, entries: bytearray, jobs: bytes, buffers: Sequence[Any], threads: int
+    handle: Any, stamp: bytes, block: bytes, entries: Any, jobs: bytes, buffers: Sequence[Any], threads: int
 ) -> None:
     """See backend.Backend.read_records."""
     preadv = _preadv(handle)
