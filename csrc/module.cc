@@ -1,6 +1,6 @@
 // Module: the map. Binds the functions of backend.Backend, releases the GIL, and turns Error into zipslicer.errors.
 //
-// Safe without a GIL: nothing here is global but the package's name, bytes do not change, and of `entries` only
+// Safe without a GIL: nothing here is global but names, bytes do not change, and of `entries` only
 // payload_offset is written, atomically.
 #include <pybind11/pybind11.h>
 
@@ -37,7 +37,10 @@ constexpr std::int64_t kSmallTo = 16 << 10;  // bytes; up to here a cached read 
 
 // ---- errors ----
 
-std::string package;  // of zipslicer.errors; written once, by the import
+// Written once, by the import.
+std::string package;  // of zipslicer.errors
+PyObject* handle_name = nullptr;  // of the attributes of a source
+PyObject* stamp_name = nullptr;
 
 const char* class_of(Blame blame) {
   switch (blame) {
@@ -497,20 +500,42 @@ struct Made {
   Destination to{nullptr, 0};
 };
 
-// handle, stamp, block, entries, tensors, dims, direct, number, limit, maker. The hot path, called once a small tensor.
+// The row that `value` means, by backend.Backend.read_tensor; -1 for a value that is no tensor.
+std::int64_t row_of(PyObject* const* hot, std::int64_t value) {
+  if (value < 0) {
+    return ~value;
+  }
+  const Rows<unsigned char> kinds(hot[3]);
+  if (kinds.at(value) != static_cast<unsigned char>(Kind::tensor)) {
+    return -1;
+  }
+  return Rows<std::int64_t>(hot[4]).at(value);
+}
+
+// A backend.Hot and a value. The hot path, called once a small tensor.
 py::object read_tensor_of(PyObject* const* arguments) {
-  const Rows<TensorRow> rows(arguments[4]);
-  const Rows<std::int64_t> dims(arguments[5]);
-  const Rows<std::int64_t> direct(arguments[6]);
-  const TensorRow& row = rows.at(integer_of(arguments[7]));
+  if (PyTuple_Check(arguments[0]) == 0 || PyTuple_GET_SIZE(arguments[0]) != 11) {
+    throw py::type_error("a hot is the eleven of backend.Hot");
+  }
+  PyObject* const* const hot = &PyTuple_GET_ITEM(arguments[0], 0);
+  const std::int64_t number = row_of(hot, integer_of(arguments[1]));
+  if (number < 0) {
+    return py::none();
+  }
+  const Rows<TensorRow> rows(hot[5]);
+  const Rows<std::int64_t> dims(hot[6]);
+  const Rows<std::int64_t> direct(hot[7]);
+  const TensorRow& row = rows.at(number);
   const std::int64_t record = direct.at(row.storage);
-  const std::int64_t limit = integer_of(arguments[8]);
+  const std::int64_t limit = integer_of(hot[8]);
   if (record < 0 || row.flags != 0 || row.extent <= 0 || row.itemsize <= 0 || row.extent >= limit / row.itemsize) {
     return py::none();
   }
+  const py::object handle = owned(PyObject_GetAttr(hot[0], handle_name));
+  const py::object stamped = owned(PyObject_GetAttr(hot[0], stamp_name));
   Stamp opened;
-  const Stamp* const stamp = stamp_of(arguments[1], opened) ? &opened : nullptr;
-  const ArchiveView view(arguments[2], arguments[3]);
+  const Stamp* const stamp = stamp_of(stamped, opened) ? &opened : nullptr;
+  const ArchiveView view(hot[1], hot[2]);
   const std::int64_t start = row.storage_offset * row.itemsize;
   const std::int64_t nbytes = row.extent * row.itemsize;
   check_range(view.archive, static_cast<std::size_t>(record), start, nbytes);
@@ -519,9 +544,9 @@ py::object read_tensor_of(PyObject* const* arguments) {
   const py::tuple sizes = tuple_of(shape, ndim);
   const py::tuple strides = tuple_of(shape + ndim, ndim);
   const auto read = [&](Destination to) {
-    read_small(arguments[0], stamp, view.archive, static_cast<std::size_t>(record), start, to);
+    read_small(handle, stamp, view.archive, static_cast<std::size_t>(record), start, to);
   };
-  if (arguments[9] == Py_None) {
+  if (hot[9] == Py_None) {
     NewBuffer buffer(nbytes);
     read(buffer.to);
     return py::make_tuple(std::move(buffer.object), row.dtype, sizes, strides);
@@ -533,7 +558,10 @@ py::object read_tensor_of(PyObject* const* arguments) {
   if (extent != static_cast<std::uint64_t>(row.extent)) {  // of so many elements the memory will be
     throw std::invalid_argument("the extent of a row is not that of its sizes and strides");
   }
-  Made made(arguments[9], row.dtype, sizes, strides, static_cast<std::size_t>(nbytes));
+  if (owned(PyObject_CallNoArgs(hot[10])).ptr() == Py_True) {
+    return py::none();
+  }
+  Made made(hot[9], row.dtype, sizes, strides, static_cast<std::size_t>(nbytes));
   if (!made.object) {
     return py::none();
   }
@@ -611,6 +639,7 @@ py::list find_records_of(const py::object& block, const py::object& entries, con
   for (std::size_t i = 0; i < records.size(); ++i) {
     found[i] = records[i];
   }
+  PyObject_GC_UnTrack(found.ptr());  // in a list of integers is no cycle, and it may be long
   return found;
 }
 
@@ -626,9 +655,7 @@ PyMethodDef raw_functions[] = {
     raw_method<read_record_of, 7>("read_record",
                                   "read_record($module, handle, stamp, block, entries, record, start, nbytes, /)"
                                   "\n--\n\n"),
-    raw_method<read_tensor_of, 10>("read_tensor",
-                                   "read_tensor($module, handle, stamp, block, entries, tensors, dims, direct, number, "
-                                   "limit, maker, /)\n--\n\n"),
+    raw_method<read_tensor_of, 2>("read_tensor", "read_tensor($module, hot, value, /)\n--\n\n"),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -654,6 +681,11 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
   });
   module.doc() = "The backend in C++. zipslicer/backend.py says what each function does.";
   module.attr("name") = "native";
+  handle_name = PyUnicode_InternFromString("handle");
+  stamp_name = PyUnicode_InternFromString("stamp");
+  if (handle_name == nullptr || stamp_name == nullptr) {
+    throw py::error_already_set();
+  }
 
   bind_memory(module);
   bind_fixed(module);

@@ -56,8 +56,12 @@ class Strings {
     return made;
   }
 
+  // Not tracked by the garbage collector: in a list of strings is no cycle, and to walk over ten thousand that nobody
+  // has looked at yet took it a millisecond.
   py::object list(const Column<std::size_t>& indices) {
-    return list_of(indices.size(), [&](std::size_t i) { return (*this)[indices[i]]; });
+    py::object made = list_of(indices.size(), [&](std::size_t i) { return (*this)[indices[i]]; });
+    PyObject_GC_UnTrack(made.ptr());
+    return made;
   }
 
  private:

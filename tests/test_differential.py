@@ -23,7 +23,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from zipslicer import _pure, policy
-from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry
+from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry, Hot, Kind
 from zipslicer.errors import ChangedError, ZipSlicerError
 from zipslicer.source import Memory
 
@@ -372,10 +372,13 @@ def test_read_tensor(native: Any, data: st.DataObject) -> None:
     ndim = data.draw(st.integers(0, 2))
     flags = data.draw(st.sampled_from([0, 0, 0, 1, 2, 4]))
     row = array("q", (storage, 3, itemsize, start, 0, ndim, flags, 0, extent)).tobytes()
-    handle = Memory(content).handle
     limit = data.draw(st.sampled_from([1, 16, 4096]))
-    result = compare(native, "read_tensor", handle, b"", block, entries, row, memoryview(dims), direct, 0, limit, None)
-    if storage == 2 or flags or not 0 < extent * itemsize < limit:
+    kinds, payloads = bytes([Kind.DICT, Kind.TENSOR]), memoryview(array("q", [0, 0]))
+    columns = (kinds, payloads, row, memoryview(dims), direct)
+    hot = Hot(Memory(content), block, entries, *columns, limit, None, bool)
+    value = data.draw(st.sampled_from([-1, 0, 1, 1]))  # of these row 0 is meant by all but the dict
+    result = compare(native, "read_tensor", hot, value)
+    if value == 0 or storage == 2 or flags or not 0 < extent * itemsize < limit:
         assert result == ("came", None)
     else:
         first = 64 * storage + start * itemsize

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .backend import Actions, Buffer, Handle, Maker, Text
+from .backend import Actions, Buffer, Handle, Hot, Text
 
 name: Final = "native"
 
@@ -12,19 +12,7 @@ def read_bytes(handle: Handle, offset: int, nbytes: int, /) -> Text: ...
 def read_record(
     handle: Handle, stamp: bytes, block: Text, entries: Buffer, record: int, start: int, nbytes: int, /
 ) -> Buffer: ...
-def read_tensor(
-    handle: Handle,
-    stamp: bytes,
-    block: Text,
-    entries: Buffer,
-    tensors: Buffer,
-    dims: Buffer,
-    direct: Buffer,
-    number: int,
-    limit: int,
-    maker: Maker | None,
-    /,
-) -> Any: ...
+def read_tensor(hot: Hot, value: int, /) -> Any: ...
 def read_records(
     handle: Handle,
     stamp: bytes,

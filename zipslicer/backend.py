@@ -15,7 +15,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, Union, cast
 
-__all__ = ["ENTRY_FIELDS", "Backend", "Buffer", "Graph", "Handle", "Kind", "Limits", "Maker", "Text", "Verb", "choose"]
+__all__ = [
+    "ENTRY_FIELDS",
+    "Backend",
+    "Buffer",
+    "Graph",
+    "Handle",
+    "Hot",
+    "Kind",
+    "Limits",
+    "Maker",
+    "Text",
+    "Verb",
+    "choose",
+]
 
 Buffer = Union[bytearray, memoryview, Any]  # anything writable and contiguous that speaks the buffer protocol
 
@@ -216,6 +229,25 @@ class Maker(NamedTuple):
     address: Callable[[Any], int]  # of its memory, which has the extent of sizes and strides; 0 for none
 
 
+class Hot(NamedTuple):
+    """What read_tensor needs to know of an open file; the fields that no other comment explains are those of read_record.
+
+    Without a maker a tuple (buffer, dtype, sizes, strides) is made.
+    """
+
+    source: Any  # of which `handle` and `stamp` are looked up each time: closing changes them
+    block: Text
+    entries: Buffer
+    kinds: Buffer  # and from here on columns of a Graph
+    payloads: Buffer
+    tensors: Buffer
+    dims: Buffer
+    direct: Buffer  # int64 a storage: the stored record that holds its bytes as they are, or -1
+    limit: int  # bytes; of so many or more, a tensor is not read
+    maker: Maker | None
+    is_off: Callable[[], bool]  # asked before the maker is: true where what it makes would be of another sort
+
+
 class Backend(Protocol):
     """What a backend does."""
 
@@ -248,26 +280,11 @@ class Backend(Protocol):
         """
         ...
 
-    def read_tensor(
-        self,
-        handle: Handle,
-        stamp: bytes,
-        block: Text,
-        entries: Buffer,
-        tensors: Buffer,
-        dims: Buffer,
-        direct: Buffer,
-        number: int,
-        limit: int,
-        maker: Maker | None,
-        /,
-    ) -> Any:
-        """The extent of row `number` of Graph.tensors by read_record -> what the maker makes, filled.
+    def read_tensor(self, hot: Hot, value: int, /) -> Any:
+        """A small tensor by read_record, in one call: the value at position `value`; of row ~value, where it is negative.
 
-        Without a maker a tuple (buffer, dtype, sizes, strides). `direct` is an int64 for each storage: the stored record
-        that holds its bytes as they are, or -1. None for a row without one, with flags, of no elements, or of `limit`
-        bytes or more, and where the maker makes nothing that can be filled: what is not the common case of small
-        tensors, which this makes one call.
+        None for what is no tensor, and for a row without a direct record, with flags, of no elements, or of too many
+        bytes; and where the maker makes nothing that can be filled. Such are read in another way.
 
         Raises: OSError, ArchiveError, ChangedError.
         """

@@ -8,7 +8,6 @@ parts are read one by one.
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ from .errors import TableError, UnsupportedError
 from .plan import Geometry, hull, index, is_contiguous, may_overlap, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning, dtype_index
 from .table import Leaf, Row, TensorTable
-from .tensors import THREADED, ReadOptions, RowReader
+from .tensors import ReadOptions, RowReader
 
 __all__ = ["ArrayReader"]
 
@@ -44,23 +43,12 @@ class ArrayReader(RowReader):
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
         self._is_plain = options.dtype is None and not options.cache_tensors
-        archive = table.archive
-        # All that a small read needs, in one look-up.
-        self._hot: tuple[Any, ...] = (
-            archive.backend.read_tensor,
-            archive.source,
-            archive.block,
-            archive.entries,
-            table.program.tensors,
-            table.program.dims,
-            table.direct if self._is_plain else array("q", [-1]) * len(table.direct),
-        )
+        self._hot = self._hot_with(None, bool)
 
     # ---------------------------------------------------------------- one array
     def tensor(self, number: int) -> Any:
         """A dense row as an array of its own, as options want it."""
-        read_tensor, source, block, entries, rows, dims, direct = self._hot
-        found = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED, None)
+        found = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain else None
         if found is None:
             return self._tensor_otherwise(number)
         buffer, dtype, sizes, strides = found

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
-from .backend import FIRST_NODE_KIND, Kind
+from .backend import FIRST_NODE_KIND, Hot, Kind
 from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
@@ -46,6 +46,7 @@ class View:
     """One open file, as its containers see it: touches values, and holds the containers it has made."""
 
     framework = "pt"  # what tensors become
+    fast: tuple[Callable[[Hot, int], Any], Hot] | None = None  # see RowReader
 
     def __init__(
         self, table: TensorTable, options: ReadOptions, recipe: tuple[Callable[..., Any], tuple[Any, ...]] | None
@@ -137,6 +138,7 @@ class View:
                 from .tensors import TensorReader
 
                 self._reader = TensorReader(self.table, self.options)
+            self.fast = self._reader.fast
         return self._reader
 
     def special(self, meaning: int, name: str, args: Sequence[Any], state: Any) -> Any:
@@ -305,7 +307,7 @@ class View:
     def __deepcopy__(self, memo: dict[int, Any]) -> View:
         """The same open file, with edits of its own."""
         made = memo[id(self)] = View(self.table, self.options, self.recipe)
-        made._reader = self._reader
+        made._reader, made.fast = self._reader, self.fast
         for node, value in {**self.changed(), **self.edited()}.items():
             made.held[node] = copy.deepcopy(value, memo)
         return made
@@ -471,11 +473,13 @@ class LazyStateDict(MutableMapping[Any, Any]):
         except KeyError:
             raise MissingKeyError(key, self._slots) from None
         view = self._view
-        if position >= 0 and view.kinds[position] == Kind.TENSOR:  # the hot path: as few steps as there can be
+        if position >= 0 and (fast := view.fast) is not None:  # the hot path: as few steps as there can be
             try:
-                return (view._reader or view.reader).tensor(view.payloads[position])
+                made = fast[0](fast[1], position)
             except ZipSlicerError as error:
-                raise error.located(path=view.table.archive.source.path, key=key) from None
+                raise error.located(path=view.path, key=key) from None
+            if made is not None:
+                return made
         return self._overlay[key] if position < 0 else view.touch(position, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:

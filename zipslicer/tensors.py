@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import FIRST_NODE_KIND, Kind, Maker
+from .backend import FIRST_NODE_KIND, Hot, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError
 from .plan import Geometry, hull, index, is_contiguous, numel, pieces
@@ -85,6 +85,8 @@ class RowReader(abc.ABC):
         self._threads = options.threads
         self._archive = table.archive
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
+        # read_tensor, and what it is to be called with; None where not each tensor can be read so.
+        self.fast: tuple[Callable[[Hot, int], Any], Hot] | None = None
 
     @property
     def threads(self) -> int:
@@ -141,6 +143,23 @@ class RowReader(abc.ABC):
         """A tensor on a storage that was read. The geometry is proved to lie in it."""
 
     # ---------------------------------------------------------------- what is the same
+    def _hot_with(self, maker: Maker | None, is_off: Callable[[], bool]) -> Hot:
+        """All that a small read needs."""
+        archive, program = self._archive, self.table.program
+        return Hot(
+            archive.source,
+            archive.block,
+            archive.entries,
+            program.kinds,
+            program.payloads,
+            program.tensors,
+            program.dims,
+            self.table.direct,
+            THREADED,
+            maker,
+            is_off,
+        )
+
     def _tensor_otherwise(self, number: int) -> Any:
         """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
         table, row = self.table, self.table.row(number)
@@ -258,28 +277,15 @@ class TensorReader(RowReader):
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
         # What a quantized tensor is made with is not cast: torch wants these types.
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
-        archive = table.archive
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
-        # All that a small read needs, in one look-up.
-        self._hot: tuple[Any, ...] = (
-            archive.backend.read_tensor,
-            archive.source,
-            archive.block,
-            archive.entries,
-            table.program.tensors,
-            table.program.dims,
-            table.direct if self._is_plain else array("q", [-1]) * len(table.direct),
-            maker,
-            torch.is_inference_mode_enabled,
-        )
+        self._hot = self._hot_with(maker, torch.is_inference_mode_enabled)
+        if self._is_plain:
+            self.fast = table.archive.backend.read_tensor, self._hot
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
-        """A dense row as a tensor of its own, as options want it. The hot path: no wrapper, and one read."""
-        read_tensor, source, block, entries, rows, dims, direct, maker, is_inference = self._hot
-        if is_inference():
-            return self._tensor_slowly(number)
-        made = read_tensor(source.handle, source.stamp, block, entries, rows, dims, direct, number, THREADED, maker)
+        """A dense row as a tensor of its own, as options want it."""
+        made = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain else None
         return self._tensor_otherwise(number) if made is None else made
 
     def _dtype(self, dtype: int) -> Any:

@@ -26,6 +26,7 @@ THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it giv
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
 MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
+TENSOR_KIND = 11  # backend.Kind.TENSOR
 MAX_NBYTES = 0x7FFFF000  # what Linux reads in one call at most
 HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along
 
@@ -179,34 +180,27 @@ def _read_record(
     _check_stamp(handle, stamp)
 
 
-def read_tensor(
-    handle: Any,
-    stamp: bytes,
-    block: bytes,
-    entries: Any,
-    tensors: Any,
-    dims: Any,
-    direct: Any,
-    number: int,
-    limit: int,
-    maker: Any,
-) -> Any:
+def read_tensor(hot: Any, value: int) -> Any:
     """See backend.Backend.read_tensor."""
-    storage, dtype, itemsize, offset, start, ndim, flags, _, extent = TENSOR.unpack_from(tensors, number * TENSOR.size)
-    record = direct[storage]
-    nbytes = extent * itemsize
-    if record < 0 or flags or not 0 < nbytes < limit:
+    number = ~value if value < 0 else hot.payloads[value] if hot.kinds[value] == TENSOR_KIND else -1
+    if number < 0:
         return None
-    shape = dims[start : start + 2 * ndim].tolist()
-    sizes, strides = tuple(shape[:ndim]), tuple(shape[ndim:])
+    row = TENSOR.unpack_from(hot.tensors, number * TENSOR.size)
+    storage, dtype, itemsize, offset, start, ndim, flags, _, extent = row
+    record, nbytes = hot.direct[storage], extent * itemsize
+    if record < 0 or flags or not 0 < nbytes < hot.limit:
+        return None
+    handle, stamp, block, entries = hot.source.handle, hot.source.stamp, hot.block, hot.entries
+    shape = hot.dims[start : start + 2 * ndim].tolist()
+    sizes, strides, maker = tuple(shape[:ndim]), tuple(shape[ndim:]), hot.maker
     if maker is None:
-        buffer = read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes)
-        return buffer, dtype, sizes, strides
+        return read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes), dtype, sizes, strides
     if extent != 1 + sum(
         (n - 1) * stride for n, stride in zip(sizes, strides)
     ):  # of so many elements the memory will be
         raise ValueError("the extent of a row is not that of its sizes and strides")
-    if (wanted := maker.dtypes[dtype]) is None:
+    wanted = maker.dtypes[dtype]
+    if hot.is_off() or wanted is None:
         return None
     made = maker.make(sizes, strides, dtype=wanted, device=maker.device)
     if type(made) is not maker.type or not (address := maker.address(made)):
