@@ -30,7 +30,7 @@ constexpr std::uint64_t kMax63 = 0x7FFFFFFFFFFFFFFF;
 constexpr std::uint32_t kFlagDescriptor = 1 << 3;  // sizes and CRC follow the payload; local ones are 0
 constexpr std::uint32_t kFlagsRefused = 1 << 0 | 1 << 6 | 1 << 13;  // encrypted, strongly encrypted, masked headers
 constexpr std::uint32_t kStored = 0;
-constexpr std::uint16_t kZip64 = 1;  // 4.5.3
+constexpr std::uint16_t kZip64 = 1;   // 4.5.3
 constexpr std::size_t kFewNames = 4;  // up to here, names that are looked for are compared and not hashed
 
 [[noreturn]] void refuse(std::uint64_t offset, const std::string& what) { throw Error(Blame::archive, offset, what); }

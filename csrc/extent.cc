@@ -671,19 +671,33 @@ namespace {
 constexpr int kMaxMappings = 32000;
 std::atomic<int> mappings{0};
 
-// Fresh anonymous pages that begin at a multiple of a huge page, or null. Over-mapped and trimmed: kernels before 6.7
-// place a mapping on any page.
+unsigned char* map(std::size_t nbytes) {
+  void* const mapped = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return mapped == MAP_FAILED ? nullptr : static_cast<unsigned char*>(mapped);
+}
+
+// Bytes from here to the next multiple of a huge page.
+std::size_t to_huge_page(const unsigned char* begin) { return -reinterpret_cast<std::uintptr_t>(begin) % kHugePage; }
+
+// Fresh anonymous pages that begin at a multiple of a huge page, or null. Over-mapped and trimmed where the kernel
+// places them on any page: before 6.7, and later for odd sizes.
 void* map_aligned(std::size_t nbytes) {
-  void* const mapped = ::mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) {
+  unsigned char* begin = map(nbytes);
+  std::size_t before = 0;
+  if (begin != nullptr && to_huge_page(begin) != 0) {
+    ::munmap(begin, nbytes);
+    begin = map(nbytes + kHugePage);
+    before = to_huge_page(begin);
+    if (begin != nullptr) {
+      if (before != 0) {
+        ::munmap(begin, before);
+      }
+      ::munmap(begin + before + nbytes, kHugePage - before);
+    }
+  }
+  if (begin == nullptr) {
     return nullptr;
   }
-  auto* const begin = static_cast<unsigned char*>(mapped);
-  const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % kHugePage;
-  if (before != 0) {
-    ::munmap(begin, before);
-  }
-  ::munmap(begin + before + nbytes, kHugePage - before);
 #ifdef MADV_HUGEPAGE
   ::madvise(begin + before, nbytes, MADV_HUGEPAGE);  // where it fails, small pages are right, and slower
 #endif

@@ -38,7 +38,7 @@ constexpr std::int64_t kSmallTo = 16 << 10;  // bytes; up to here a cached read 
 // ---- errors ----
 
 // Written once, by the import.
-std::string package;  // of zipslicer.errors
+std::string package;              // of zipslicer.errors
 PyObject* handle_name = nullptr;  // of the attributes of a source
 PyObject* stamp_name = nullptr;
 
@@ -191,7 +191,7 @@ class Rows {
       throw py::error_already_set();
     }
     if (static_cast<std::size_t>(view_.len) % sizeof(T) != 0 ||
-        reinterpret_cast<std::uintptr_t>(view_.buf) % alignof(T) != 0) {
+        (view_.len != 0 && reinterpret_cast<std::uintptr_t>(view_.buf) % alignof(T) != 0)) {
       PyBuffer_Release(&view_);
       throw std::invalid_argument("this is not made of whole rows of int64");
     }
@@ -468,7 +468,8 @@ py::object owned(PyObject* made) {
 
 // The tensor that backend.Maker makes, and its memory; null for none, where a row is to be read in another way.
 struct Made {
-  Made(const py::handle& maker, std::int64_t dtype, const py::tuple& sizes, const py::tuple& strides, std::size_t size) {
+  Made(const py::handle& maker, std::int64_t dtype, const py::tuple& sizes, const py::tuple& strides,
+       std::size_t size) {
     if (PyTuple_Check(maker.ptr()) == 0 || PyTuple_GET_SIZE(maker.ptr()) != 6) {
       throw py::type_error("a maker is the six of backend.Maker");
     }

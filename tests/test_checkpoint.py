@@ -158,3 +158,26 @@ def test_any_device_of_the_file_is_read_to_the_cpu(location: str) -> None:
         sd = zipslicer.load(data, map_location=where)
         assert sd.get_meta("w").location == location
         assert sd["w"].device.type == sd.materialize()["w"].device.type == "cpu"
+
+
+def test_a_program_and_a_directory_of_more_than_a_megabyte(tmp_path: Any) -> None:
+    """The native backend reads these onto huge pages, and hands out views of them."""
+    count = 20_000
+    names = [f"a.name.that.is.long.enough.to.fill.a.program.{i:05}.weight" for i in range(count)]
+    torch.save({name: torch.tensor([i]) for i, name in enumerate(names)}, tmp_path / "m.pth")
+    checkpoint = zipslicer.open(tmp_path / "m.pth")
+    archive = checkpoint._view.table.archive
+    program = archive.text(archive.find(["data.pkl"])[0])
+    assert min(len(program), len(archive.block)) > 1 << 20
+    assert type(archive.root) is bytes
+    assert archive.names()[0] == "m/data.pkl"
+    state_dict = checkpoint.root
+    assert list(state_dict) == names
+    for i in (0, 7, count - 1):
+        assert state_dict[names[i]].tolist() == [i]
+    again = pickle.loads(pickle.dumps(state_dict))
+    assert again[names[5]].tolist() == [5]
+    checkpoint.close()
+    with pytest.raises(ValueError, match="closed"):
+        state_dict[names[0]]
+    assert bytes(program[:2]) == b"\x80\x02"  # as long as anybody has a view of it, closed or not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import itertools
@@ -23,7 +24,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from zipslicer import _pure, policy
-from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry, Hot, Kind
+from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry, Hot, Kind, Maker
 from zipslicer.errors import ChangedError, ZipSlicerError
 from zipslicer.source import Memory
 
@@ -384,6 +385,62 @@ def test_read_tensor(native: Any, data: st.DataObject) -> None:
         first = 64 * storage + start * itemsize
         expected = bytes(range(first, first + extent * itemsize))
         assert result == ("came", (expected, 3, tuple(dims[:ndim]), tuple(dims[ndim : 2 * ndim])))
+
+
+class Made:
+    """What a maker of the tests makes: memory with an address."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = (ctypes.c_ubyte * nbytes)()
+
+
+@given(st.data())
+def test_read_tensor_into_what_a_maker_makes(native: Any, data: st.DataObject) -> None:
+    content = makers.checkpoint(b"N.", {"0": bytes(range(64))}).data
+    offset, nbytes, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + nbytes]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    direct = array("q", _pure.find_records(block, entries, b"archive/data/", b"0", [1]))
+    sizes, strides = data.draw(
+        st.sampled_from([((), ()), ((4,), (1,)), ((2, 3), (3, 1)), ((2, 2), (1, 4)), ((5,), (0,))])
+    )
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    told = extent + data.draw(st.sampled_from([0, 0, 0, 1, -1, 7]))
+    row = array("q", (0, 1, 4, 2, 0, len(sizes), 0, 0, told)).tobytes()
+    is_off = data.draw(st.sampled_from([False, False, False, True]))
+    gives = data.draw(st.sampled_from("mmmonf"))
+    dtype = data.draw(st.sampled_from([4, 4, 4, None]))
+
+    def make(its_sizes: Any, its_strides: Any, *, dtype: Any, device: Any) -> Any:
+        assert (its_sizes, its_strides, dtype, device) == (sizes, strides, 4, "here")
+        if gives == "f":
+            raise MemoryError
+        return Made(extent * dtype) if gives != "o" else object()
+
+    def address(made: Made) -> int:
+        return 0 if gives == "n" else ctypes.addressof(made.memory)
+
+    maker = Maker(make, ("dtype", "device"), "here", [None, dtype], Made, address)
+    columns = (bytes([Kind.TENSOR]), array("q", [0]), row, memoryview(array("q", [*sizes, *strides])), direct)
+    hot = Hot(Memory(content), block, entries, *columns, 4096, maker, lambda: is_off)
+
+    def read(backend: Any) -> Any:
+        try:
+            made = backend.read_tensor(hot, 0)
+        except (ValueError, MemoryError) as error:
+            return type(error)
+        return made if made is None else bytes(made.memory)
+
+    result = read(_pure)
+    assert read(native) == result
+    if told <= 0:
+        assert result is None
+    elif told != extent:
+        assert result is ValueError
+    elif is_off or dtype is None or gives in "on":
+        assert result is None
+    else:
+        assert result == (bytes(range(8, 8 + 4 * extent)) if gives == "m" else MemoryError)
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads through a descriptor at a position")

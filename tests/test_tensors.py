@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -456,3 +457,52 @@ def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ZIPSLICER_THREADS", bad)
         with pytest.raises(ValueError, match="ZIPSLICER_THREADS"):
             default_threads()
+
+
+# ---------------------------------------------------------------- small tensors, which torch makes and the backend fills
+
+
+def test_a_small_tensor_is_as_any_other_of_torch(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(6.0).reshape(2, 3), "t": torch.arange(6.0).reshape(2, 3).t()}, tmp_path / "m.pth")
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        for _ in range(2):  # the first touch finds the records
+            w, t = sd["w"], sd["t"]
+            assert type(w) is torch.Tensor
+            assert w.equal(torch.arange(6.0).reshape(2, 3))
+            assert t.stride() == (1, 3)
+            assert t.equal(torch.arange(6.0).reshape(2, 3).t())
+            assert w.untyped_storage().nbytes() == 24
+            assert (w.is_leaf, w.requires_grad, w._is_view()) == (True, False, False)
+        w.resize_(4, 4)  # of memory that torch has taken, so that torch may take more
+
+
+@pytest.mark.parametrize("mode", ["default device", "deterministic", "inference", "no_grad"])
+def test_a_mode_of_torch_changes_no_value(tmp_path: Path, mode: str) -> None:
+    torch.save({"w": torch.arange(6.0), "v": torch.arange(3)}, tmp_path / "m.pth")
+    modes: dict[str, Any] = {
+        "default device": torch.device("meta"),
+        "deterministic": contextlib.nullcontext(),
+        "inference": torch.inference_mode(),
+        "no_grad": torch.no_grad(),
+    }
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        sd["w"]
+        torch.use_deterministic_algorithms(mode == "deterministic")
+        try:
+            with modes[mode]:
+                made = sd["w"]
+                assert (type(made), made.device.type, made.is_inference()) == (torch.Tensor, "cpu", False)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert made.equal(torch.arange(6.0))
+
+
+def test_no_memory_is_written_to_that_a_fake_tensor_does_not_have(tmp_path: Path) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.save({"w": torch.arange(6.0)}, tmp_path / "m.pth")
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        sd["w"]
+        with FakeTensorMode(), contextlib.suppress(RuntimeError):  # torch's own, of what is no fake one
+            sd["w"]
+        assert sd["w"].tolist() == [0, 1, 2, 3, 4, 5]
