@@ -133,6 +133,10 @@ class ArrayReader(RowReader):
             made = np.conjugate(made, out=done)
         return np.negative(made, out=done) if row.neg else made
 
+    def _made(self, buffer: Any, row: Row) -> Any:
+        _, sizes, strides = self.table.geometry(row)
+        return self._array(buffer, self._dtype(row.dtype), 0, sizes, strides)
+
     def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
         """The array alone: what is wrapped around a tensor, NumPy's arrays do not have."""
         del attributes

@@ -14,7 +14,7 @@ import html
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .arrays import array_value
@@ -23,12 +23,14 @@ from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
 from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
+from .stream import BUDGET_NBYTES, WHOLE, Wanted, nbytes_of, stream
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
+    from .module import LoadReport
     from .tensors import ReadOptions, RowReader
 
-__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View"]
+__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View", "materialize"]
 
 OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
@@ -643,6 +645,108 @@ class LazyStateDict(MutableMapping[Any, Any]):
             raise TypeError(f"{key!r} is a bare storage; read it whole")
         return LazySlice(self, key, view, leaf)
 
+    def stream(
+        self,
+        keys: Patterns | None = None,
+        *,
+        device: Any = None,
+        slices: Mapping[Any, Any] | None = None,
+        budget_bytes: int = BUDGET_NBYTES,
+        progress: bool = False,
+    ) -> Generator[tuple[Any, Any], None, None]:
+        """(key, tensor) of each tensor, in the order of their bytes in the file, read ahead by a thread of its own.
+
+        Each tensor owns its memory, as on any touch. At most `budget_bytes` are read and not yet taken; a tensor of more
+        goes alone. What was taken is not counted: who drops each tensor needs the budget and the largest one. Closing
+        the generator, as leaving a `for` by break does in the end, stops the reading. Values that are no tensors are left
+        out; tensors in nested containers too, which `open(source).tensors` or `flatten()` list.
+
+        Args:
+            keys: names or globs ("layer3.*"), as `select` takes them; all by default.
+            device: to where each is moved, in the thread that reads; by default where map_location puts them.
+            slices: by key a basic index: of these only that part is read.
+            budget_bytes: see above.
+            progress: show a bar of bytes (needs tqdm).
+
+        Raises:
+            KeyError: a key is not there. IndexError, TypeError, ValueError: a slice is none of its tensor's.
+            OSError and the errors of zipslicer.errors, from the generator: with `.key`, after all that comes before it.
+        """
+        if budget_bytes < 1:
+            raise ValueError(f"budget_bytes must be at least 1, not {budget_bytes}")
+        if device is not None and self._view.framework == "np":
+            raise ValueError('arrays are on the CPU: device= needs framework="pt"')
+        chosen = self if keys is None else self.select(keys)
+        cut = dict(slices or {})
+        wanted = [
+            made for key in chosen.offset_keys() if (made := chosen._wanted(key, cut.pop(key, WHOLE))) is not None
+        ]
+        if cut:
+            key = next(iter(cut))
+            if key in chosen._slots:
+                raise TypeError(f"{key!r} is no tensor")
+            raise MissingKeyError(key, chosen._slots)
+        return stream(wanted, budget_nbytes=budget_bytes, device=device, progress=progress)
+
+    def load_into(
+        self,
+        target: Any,
+        *,
+        strict: bool = True,
+        assign: bool = False,
+        dtype: Any = None,
+        key_map: Callable[[Any], Any] | Mapping[Any, Any] | None = None,
+        progress: bool = False,
+    ) -> LoadReport:
+        """Fill a torch.nn.Module, or a mapping of tensors, as Module.load_state_dict would; and hold no second copy.
+
+        Bytes are read straight into the memory of a parameter where its dtype and strides are those in the file and it
+        is on the CPU; else through a buffer of 16 MiB. Tensors on the meta device are replaced by new ones of their
+        dtype. Tied tensors of the target are read once. A module that loads in its own way (an overridden
+        `_load_from_state_dict`, pre-hooks, lazy parameters, extra state) does so, out of a lazy mapping.
+
+        What is missing, unexpected or of another shape is told before anything is read; but for modules that load in
+        their own way, after that. If a read fails, some tensors of the target hold new values, the others those from
+        before, and those that were read together with the one that the error names may hold some of each.
+
+        Args:
+            target: a module, or a mapping from the same keys to tensors.
+            strict: refuse keys that are missing or unexpected.
+            assign: put new tensors, of the file's dtype, in place of those of the target.
+            dtype: with `assign` and for the meta device: what floating-point tensors become.
+            key_map: names of the target by those of the file, as a function or a mapping; None leaves a key out.
+            progress: show a bar of bytes (needs tqdm).
+
+        Returns:
+            A LoadReport (missing_keys, unexpected_keys, mismatches, casts), which begins as torch's own does.
+
+        Raises:
+            RuntimeError: as torch words it, for what does not fit.
+            OSError and the errors of zipslicer.errors, with `.key`.
+        """
+        from .module import load_into
+
+        return load_into(self, target, strict=strict, assign=assign, dtype=dtype, key_map=key_map, progress=progress)
+
+    def _wanted(self, key: Any, wanted: Any) -> Wanted | None:
+        """What stream is to read of a key; None for what is no tensor."""
+        position = self._slots[key]
+        if position < 0:
+            value = self._overlay[key]
+            if self._view.own_meta(value) is None:
+                if wanted is not WHOLE:
+                    raise TypeError(f"{key!r} is no tensor")
+                return None
+            return Wanted(key, 0, None, position, None, wanted, value)
+        view, position = self._view.at(position)
+        leaf = view.table.leaf(position)
+        if leaf is None and wanted is not WHOLE:
+            raise TypeError(f"{key!r} is a bare storage; read it whole")
+        try:
+            return Wanted(key, nbytes_of(view, leaf, wanted), view, position, leaf, wanted)
+        except ZipSlicerError as error:
+            raise error.located(path=self.path, key=key) from None
+
     def materialize(self) -> dict[Any, Any]:
         """The plain dict that torch.load would return, all tensors read in parallel; sharing memory as in the file.
 
@@ -693,7 +797,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 made[key] = build(position)
             else:
                 value = self._overlay[key]
-                made[key] = build(value._position) if self._is_part(value) else _materialize(value)
+                made[key] = build(value._position) if self._is_part(value) else materialize(value)
         if self._metadata is not None:
             made._metadata = self._metadata  # type: ignore[attr-defined]
 
@@ -723,6 +827,12 @@ class LazyStateDict(MutableMapping[Any, Any]):
                 raise MissingKeyError(pattern, self._slots)
         slots = {key: position for key, position in self._slots.items() if key in wanted}
         overlay = {key: value for key, value in self._overlay.items() if key in wanted}
+        return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
+
+    def _part(self, keys: Iterable[Any]) -> LazyStateDict:
+        """Some of the keys, by name."""
+        slots = {key: self._slots[key] for key in keys}
+        overlay = {key: self._overlay[key] for key, position in slots.items() if position < 0}
         return LazyStateDict._of(self._view, None, slots, overlay, self._metadata)
 
     def flatten(self, separator: str = ".") -> LazyStateDict:
@@ -1028,7 +1138,8 @@ def _refuse_torch_save(name: str) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _materialize(value: Any) -> Any:
+def materialize(value: Any) -> Any:
+    """A value as it is without laziness."""
     return value.materialize() if isinstance(value, (LazyStateDict, LazySequence)) else value
 
 

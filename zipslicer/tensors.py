@@ -11,11 +11,11 @@ import dataclasses
 import functools
 import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import FIRST_NODE_KIND, Hot, Kind, Maker
+from .backend import FIRST_NODE_KIND, JOB_FIELDS, Hot, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError
 from .plan import Geometry, hull, index, is_contiguous, numel, pieces
@@ -23,10 +23,13 @@ from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "default_threads"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "default_threads", "portions"]
 
 THREADED = 4 << 20  # bytes; a read of this much is worth more than one thread
+PORTION_NBYTES = 128 << 20  # after which a read that can be stopped looks whether it is to stop
 LOCAL_THREADS = 8  # a warm copy is limited by memory bandwidth, which a few threads use up
+
+Pause = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,10 @@ class RowReader(abc.ABC):
     def _tensor_slowly(self, number: int) -> Any: ...
 
     @abc.abstractmethod
+    def _made(self, buffer: Any, row: Row) -> Any:
+        """A tensor on a buffer that holds its extent alone. REQUIRES: _is_as_it_is."""
+
+    @abc.abstractmethod
     def _view(self, storage: Any, row: Row, geometry: Geometry) -> Any:
         """A tensor on a storage that was read. The geometry is proved to lie in it."""
 
@@ -179,7 +186,27 @@ class RowReader(abc.ABC):
     def _unit(self, dtype: int) -> int:
         return self.table.dtype(dtype).unit if self.table.swapped else 1
 
-    def _buffers(self, wanted: Iterable[tuple[int, int, int]]) -> list[Any]:
+    def _is_as_it_is(self, row: Row) -> bool:
+        """Whether bytes of a row become a tensor without a further step, but for requires_grad."""
+        return self._is_plain and not (self.table.swapped or row.conj or row.neg)
+
+    def is_plain_row(self, leaf: Leaf) -> bool:
+        """Whether a tensor is one row and its bytes as they are, as `each` wants it."""
+        if leaf.composite is not None or leaf.parameter or leaf.attributes is not None:
+            return False
+        row = self.table.row(leaf.number)
+        return row.extent > 0 and self._is_as_it_is(row)
+
+    def each(self, leaves: Sequence[Leaf], pause: Pause) -> list[Any]:
+        """Tensors as touching one after the other gives them, each in memory of its own, in one read.
+
+        Not under inference_mode. `pause` is called between portions, and may raise. REQUIRES: is_plain_row of all.
+        """
+        rows = [self.table.row(leaf.number) for leaf in leaves]
+        wanted = ((row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize) for row in rows)
+        return [self._made(buffer, row) for buffer, row in zip(self._buffers(wanted, pause), rows)]
+
+    def _buffers(self, wanted: Iterable[tuple[int, int, int]], pause: Pause | None = None) -> list[Any]:
         """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
         table, archive = self.table, self._archive
         direct, allocate = table.direct, archive.backend.allocate
@@ -197,8 +224,12 @@ class RowReader(abc.ABC):
                     continue
             jobs += (record, start, nbytes, len(buffers), 0)
             buffers.append(allocate(nbytes))
-        if jobs:
-            archive.read_into(jobs, [b"" if buffer is None else buffer for buffer in buffers], self.threads)
+        given = [b"" if buffer is None else buffer for buffer in buffers]
+        for portion in [jobs] if pause is None else portions(jobs):
+            if portion:
+                archive.read_into(portion, given, self.threads)
+            if pause is not None:
+                pause()
         return buffers
 
     def _gather(self, record: int, starts: Sequence[int], nbytes: int) -> Any:
@@ -246,6 +277,22 @@ class RowReader(abc.ABC):
             return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
 
         return _Builder(self, leaf, whole)
+
+
+def portions(jobs: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of backend.Job, in runs of which each reads at most PORTION_NBYTES; large ones are cut."""
+    portion: list[int] = []
+    nbytes = 0
+    for at in range(0, len(jobs), JOB_FIELDS):
+        record, start, left, buffer, place = jobs[at : at + JOB_FIELDS]
+        while left:
+            size = min(left, PORTION_NBYTES - nbytes)
+            portion += (record, start, size, buffer, place)
+            start, place, left, nbytes = start + size, place + size, left - size, nbytes + size
+            if nbytes == PORTION_NBYTES:
+                yield portion
+                portion, nbytes = [], 0
+    yield portion
 
 
 @functools.cache
@@ -325,6 +372,12 @@ class TensorReader(RowReader):
         if row.conj or row.neg:
             bits = {name: True for name, on in (("conj", row.conj), ("neg", row.neg)) if on}
             self.torch._C._set_tensor_metadata(made, bits)
+        return made.requires_grad_() if row.requires_grad else made
+
+    def _made(self, buffer: Any, row: Row) -> Any:
+        _, sizes, strides = self.table.geometry(row)
+        # In place, so that the result is no view of another tensor; half the cost of view().
+        made = self.torch.frombuffer(buffer, dtype=self.dtypes[row.dtype]).as_strided_(sizes, strides)
         return made.requires_grad_() if row.requires_grad else made
 
     def leaf(self, leaf: Leaf, attributes: Any = None) -> Any:
@@ -469,10 +522,6 @@ class TensorReader(RowReader):
                 made = self.place.tensor(made, self.table.program.locations[row.storage])
                 made = self._finish(made, row._replace(flags=row.flags & ~1)).expand(geometry.sizes)
         return made.requires_grad_() if requires_grad else made
-
-    def _is_as_it_is(self, row: Row) -> bool:
-        """Whether bytes of a row become a tensor without a further step, but for requires_grad."""
-        return self._is_plain and not (self.table.swapped or row.conj or row.neg)
 
     def _read_slice(self, row: Row, geometry: Geometry) -> Any:
         """The elements as integers of the same size, which every kernel of torch can copy and turn around."""

@@ -1,0 +1,297 @@
+"""Stream: the order, what is read ahead and what is not, slices, errors, and how it ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import zipslicer
+from zipslicer import stream as streams
+from zipslicer.errors import ZipSlicerError
+
+torch = pytest.importorskip("torch")
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    tied = torch.arange(30.0)
+    tree = {
+        "b": torch.arange(12.0).reshape(3, 4),
+        "a": torch.arange(12.0).reshape(3, 4).t(),
+        "tied": tied,
+        "half": tied[10:20],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(7),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "sparse": torch.eye(3).to_sparse(),
+        "step": 3,
+        "nested": {"w": torch.ones(2)},
+    }
+    torch.save(tree, tmp_path / "m.pth")
+    return tmp_path / "m.pth"
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "zipslicer-stream"]
+
+
+class Slow:
+    """Stands for a view: counts what is read, and lets it be watched."""
+
+    path = None
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+        self.alive: list[weakref.ref[Any]] = []
+
+    def touch(self, position: int, key: Any) -> Any:
+        del key
+        self.read.append(position)
+        made = torch.full((100,), float(position))
+        self.alive.append(weakref.ref(made))
+        return made
+
+
+def wanted(view: Any, count: int, nbytes: int = 400) -> list[streams.Wanted]:
+    return [streams.Wanted(f"t{i}", nbytes, view, i, None) for i in range(count)]
+
+
+def settle(view: Slow) -> int:
+    """How many were read, once no more are."""
+    before = -1
+    while before != len(view.read):
+        before = len(view.read)
+        time.sleep(0.05)
+    return before
+
+
+def test_every_tensor_comes_in_the_order_of_the_file(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        got = list(sd.stream())
+        assert [key for key, _ in got] == sd.offset_keys()
+        assert {key for key, _ in got} == set(sd) - {"step", "nested"}
+        for key, tensor in got:
+            alone = sd[key]
+            assert type(tensor) is type(alone)
+            assert tensor.stride() == alone.stride() if key != "sparse" else True
+            assert torch.equal(tensor.to_dense(), alone.to_dense()) if key == "sparse" else torch.equal(tensor, alone)
+            assert tensor.requires_grad == alone.requires_grad
+        values = dict(got)
+        assert values["half"].untyped_storage().nbytes() == 40
+        assert values["half"].untyped_storage().data_ptr() != values["tied"].untyped_storage().data_ptr()
+        values["a"].zero_()
+        assert sd["a"].any()
+
+
+def test_names_globs_and_edits(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        assert [key for key, _ in sd.stream("b")] == ["b"]
+        assert {key for key, _ in sd.stream(["*e*", "a"])} == {"tied", "empty", "parameter", "sparse", "a"}
+        own = torch.zeros(3)
+        sd["own"], sd["word"] = own, "x"
+        got = dict(sd.stream())
+        assert got["own"] is own
+        assert "word" not in got
+        with pytest.raises(KeyError):
+            sd.stream("missing")
+        with pytest.raises(ValueError, match="budget_bytes"):
+            sd.stream(budget_bytes=0)
+
+
+def test_slices_are_read_in_place_of_the_whole(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        sd["own"] = torch.arange(4)
+        cuts = {"b": (slice(1, 3), 2), "tied": slice(None, None, -7), "own": slice(2), "parameter": 1}
+        got = dict(sd.stream(slices=cuts))
+        assert got["b"].equal(sd["b"][1:3, 2])
+        assert got["tied"].equal(sd["tied"].flip(0)[::7])
+        assert got["own"].tolist() == [0, 1]
+        assert got["parameter"].item() == 1
+        assert got["a"].equal(sd["a"])
+        with pytest.raises(IndexError):
+            sd.stream(slices={"b": 9})
+        with pytest.raises(TypeError, match="no tensor"):
+            sd.stream(slices={"step": 0})
+        with pytest.raises(KeyError):
+            sd.stream(["a"], slices={"b": 0})
+
+
+def test_a_device_and_the_places_of_the_file(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        assert {tensor.device.type for _, tensor in sd.stream(["a", "b"], device="meta")} == {"meta"}
+    with zipslicer.load(path, dtype=torch.float16) as sd:
+        assert dict(sd.stream("b"))["b"].dtype == torch.float16
+    with zipslicer.load(path, cache_tensors=True) as sd:
+        got = dict(sd.stream(["tied", "half"]))
+        assert got["half"].untyped_storage().data_ptr() == got["tied"].untyped_storage().data_ptr()
+
+
+def test_shards_are_one_stream(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2), "y": torch.zeros(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"z": torch.arange(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    index = f'{{"weight_map": {{"z": "{files[1]}", "x": "{files[0]}", "y": "{files[0]}"}}}}'
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    with zipslicer.load(tmp_path) as sd:
+        assert [(key, tensor.tolist()) for key, tensor in sd.stream()] == [
+            ("x", [1, 1]),
+            ("y", [0, 0]),
+            ("z", [0, 1, 2]),
+        ]
+
+
+def test_arrays(path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    with zipslicer.load(path, framework="np") as sd:
+        got = dict(sd.stream(["b", "half", "scalar"], slices={"half": slice(2)}))
+        assert isinstance(got["b"], np.ndarray)
+        assert got["b"].tolist() == sd["b"].tolist()
+        assert got["half"].tolist() == [10, 11]
+        with pytest.raises(ValueError, match="device"):
+            sd.stream(device="cpu")
+
+
+# ---------------------------------------------------------------- the budget
+
+
+def test_no_more_than_the_budget_is_read_ahead() -> None:
+    view = Slow()
+    stream = streams.stream(wanted(view, 20), budget_nbytes=1000)
+    assert not view.read  # nothing before somebody asks
+    next(stream)
+    assert settle(view) == 3  # one taken, two that fit
+    next(stream)
+    assert settle(view) == 4
+    assert len(list(stream)) == 18
+    assert not readers()
+
+
+def test_one_that_is_larger_than_the_budget_goes_alone() -> None:
+    view = Slow()
+    sizes = [400, 5000, 400, 400]
+    each = [streams.Wanted(i, nbytes, view, i, None) for i, nbytes in enumerate(sizes)]
+    stream = streams.stream(each, budget_nbytes=1000)
+    next(stream)
+    assert settle(view) == 2
+    next(stream)
+    assert settle(view) == 4
+    stream.close()
+
+
+def test_nothing_that_was_taken_and_dropped_lives_on() -> None:
+    view = Slow()
+    for number, (_, tensor) in enumerate(streams.stream(wanted(view, 12, 1000), budget_nbytes=1000)):
+        settle(view)
+        gc.collect()
+        assert sum(ref() is not None for ref in view.alive) <= 2, number  # this one, and the one read ahead
+        del tensor
+
+
+def test_who_keeps_everything_never_waits() -> None:
+    assert len(list(streams.stream(wanted(Slow(), 50), budget_nbytes=1))) == 50
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def test_closing_early_stops_the_reading() -> None:
+    view = Slow()
+    for _ in streams.stream(wanted(view, 1000), budget_nbytes=2000):
+        break
+    gc.collect()
+    assert not readers()
+    assert len(view.read) < 10
+
+
+def test_a_stream_that_nobody_asks_starts_nothing(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        stream = sd.stream()
+        assert not readers()
+        stream.close()
+
+
+def test_an_error_names_its_key_and_comes_after_what_is_before_it(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        order = sd.offset_keys()
+        table = sd._view.table
+        victim = next(key for key in order if key == "tied")
+        record = table.record(table.row(sd._view.program.payloads[sd._slots[victim]]).storage)
+        offset = table.archive.field(record, 0)
+    content = bytearray(path.read_bytes())
+    content[offset + 30] ^= 1  # the name in its local header
+    path.write_bytes(content)
+    with zipslicer.load(path) as sd:
+        got: list[Any] = []
+        with pytest.raises(ZipSlicerError) as caught:
+            got.extend(key for key, _ in sd.stream())
+        assert got == order[: order.index(victim)]
+        assert caught.value.key == victim
+    assert not readers()
+
+
+def test_a_closed_file(path: Path) -> None:
+    sd = zipslicer.load(path)
+    stream = sd.stream()
+    sd.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(stream)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 and later, of threads
+def test_a_fork_in_the_middle_is_told(path: Path) -> None:
+    view = Slow()
+    stream = streams.stream(wanted(view, 1000), budget_nbytes=400)
+    next(stream)
+    settle(view)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for _ in stream:
+                pass
+        except RuntimeError:
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(list(stream)) == 999
+
+
+def test_two_streams_and_touches_at_once(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        one, other = sd.stream(), sd.stream(budget_bytes=1)
+        for (key, a), (same, b) in zip(one, other, strict=True):
+            assert key == same
+            assert torch.equal(a.to_dense(), b.to_dense()) if key == "sparse" else torch.equal(a, b)
+            assert sd[key] is not None
+
+
+def test_large_ones_are_read_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipslicer.tensors.PORTION_NBYTES", 1 << 20)
+    torch.save({"w": torch.arange(700_000), "v": torch.arange(10)}, tmp_path / "m.pth")
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        got = dict(sd.stream())
+        assert got["w"].equal(torch.arange(700_000))
+        assert got["v"].equal(torch.arange(10))
+
+
+def test_progress(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    with zipslicer.load(path) as sd:
+        list(sd.stream(progress=True))
+        assert "100%" in capsys.readouterr().err
+        list(sd.stream())
+        assert not capsys.readouterr().err
+        monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+        with pytest.raises(ImportError, match="pip install tqdm"):
+            sd.stream(progress=True)

@@ -1,0 +1,220 @@
+"""Stream: tensors in file order out, read ahead of whoever takes them, within a budget of memory.
+
+One thread reads, group after group, for as long as what was read and not yet taken fits the budget; a large read has
+threads of its own below that. What was taken is the caller's, and is not counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .errors import ZipSlicerError
+from .plan import index, numel
+from .table import Leaf
+
+__all__ = ["BUDGET_NBYTES", "WHOLE", "Wanted", "nbytes_of", "stream", "tqdm_class"]
+
+BUDGET_NBYTES = 256 << 20
+# Small neighbours are read in one call. Of a group all is read before the first of it can be taken.
+GROUP_NBYTES = 8 << 20
+GROUP_COUNT = 256
+WHOLE = object()  # in place of an index
+PULSE = 0.5  # seconds after which a waiting thread looks whether the other one is still there
+
+
+class Wanted(NamedTuple):
+    """A tensor to be read.
+
+    nbytes: of memory that it will take.
+    view: the file that it is in; None for a `value` that is there already.
+    index: of a slice, or WHOLE.
+    """
+
+    key: Any
+    nbytes: int
+    view: Any
+    position: int
+    leaf: Leaf | None
+    index: Any = WHOLE
+    value: Any = None
+
+
+def nbytes_of(view: Any, leaf: Leaf | None, wanted: Any = WHOLE) -> int:
+    """What a tensor, or the slice of it, will take. Raises: IndexError, TypeError, ValueError for a bad index."""
+    if leaf is None:
+        return 0
+    if leaf.composite is not None:
+        return int(view.table.info(leaf).nbytes)
+    row = view.table.row(leaf.number)
+    if wanted is WHOLE:
+        return int(row.extent * row.itemsize)
+    sliced = index(view.table.geometry(row), wanted)
+    return numel(sliced.geometry.sizes) * int(row.itemsize)
+
+
+def stream(
+    wanted: Sequence[Wanted], *, budget_nbytes: int, device: Any = None, progress: bool = False
+) -> Generator[tuple[Any, Any], None, None]:
+    """(key, tensor) of each that is wanted, in this order; the generator stops the reading when it is closed.
+
+    Raises: ImportError for a progress bar without tqdm. The generator: OSError and the errors of zipslicer.errors, with
+    `.key`, after what stands before it has come.
+    """
+    return _streamed(wanted, budget_nbytes, device, tqdm_class() if progress else None)
+
+
+def tqdm_class() -> Any:
+    """Raises: ImportError."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm
+
+
+def _streamed(
+    wanted: Sequence[Wanted], budget_nbytes: int, device: Any, tqdm: Any
+) -> Generator[tuple[Any, Any], None, None]:
+    total = sum(each.nbytes for each in wanted)
+    bar = None if tqdm is None else tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024)
+    ahead = _Ahead(wanted, budget_nbytes, device)
+    try:
+        ahead.start()
+        for _ in wanted:
+            # Nothing here may hold what was taken: it would live on for as long as the next one is waited for.
+            yield ahead.take(bar)
+    finally:
+        ahead.stop()
+        if bar is not None:
+            bar.close()
+
+
+class _StoppedError(Exception):
+    """Nobody wants the rest."""
+
+
+class _Ahead:
+    """The thread that reads, and what it has read."""
+
+    def __init__(self, wanted: Sequence[Wanted], budget_nbytes: int, device: Any) -> None:
+        self._wanted = wanted
+        self._budget = budget_nbytes
+        self._device = device
+        self._changed = threading.Condition()
+        self._ready: collections.deque[tuple[Any, Any, int]] = collections.deque()
+        self._held = 0  # bytes that are ready, or are being read
+        self._error: BaseException | None = None
+        self._is_done = self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="zipslicer-stream", daemon=True)
+
+    # ---------------------------------------------------------------- the taker's side
+    def start(self) -> None:
+        self._thread.start()
+
+    def take(self, bar: Any = None) -> tuple[Any, Any]:
+        with self._changed:
+            while not self._ready:
+                if self._error is not None:
+                    raise self._error
+                if self._is_done or (not self._changed.wait(PULSE) and not self._thread.is_alive()):
+                    raise RuntimeError("the thread of this stream is gone: it was begun before a fork, in the parent")
+            key, value, nbytes = self._ready.popleft()
+            self._held -= nbytes
+            self._changed.notify_all()
+        if bar is not None:
+            bar.update(nbytes)
+        return key, value
+
+    def stop(self) -> None:
+        """Let the thread end after what it is reading now, which is one portion at most, and wait for that."""
+        with self._changed:
+            self._is_stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread.ident is not None and self._thread.is_alive():
+            self._thread.join()
+
+    # ---------------------------------------------------------------- the reader's side
+    def _run(self) -> None:
+        try:
+            for group in _groups(self._wanted, min(GROUP_NBYTES, self._budget // 4)):
+                self._await_room(sum(each.nbytes for each in group))
+                self._read(group)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # handed to the taker
+            self._error = error
+        with self._changed:
+            self._is_done = True
+            self._changed.notify_all()
+
+    def _await_room(self, nbytes: int) -> None:
+        """What is larger than the budget waits until nothing else is held, and goes alone."""
+        with self._changed:
+            while self._held and self._held + nbytes > self._budget and not self._is_stopped:
+                self._changed.wait()
+            if self._is_stopped:
+                raise _StoppedError
+            self._held += nbytes
+
+    def _pause(self) -> None:
+        if self._is_stopped:
+            raise _StoppedError
+
+    def _read(self, group: Sequence[Wanted]) -> None:
+        """All of a group in one call, where that is possible; else one by one."""
+        try:
+            made = self._together(group)
+        except ZipSlicerError:
+            made = None  # one by one, which tells the key, and hands out what comes before it
+        for i, each in enumerate(group):
+            self._pause()
+            self._give(each, self._one(each) if made is None else made[i])
+            if made is not None:
+                made[i] = None
+
+    def _together(self, group: Sequence[Wanted]) -> list[Any] | None:
+        first = group[0]
+        if any(each.view is not first.view or each.leaf is None or each.index is not WHOLE for each in group):
+            return None
+        reader = first.view.reader
+        leaves = [each.leaf for each in group if each.leaf is not None]
+        if not all(map(reader.is_plain_row, leaves)):
+            return None
+        made: list[Any] = reader.each(leaves, self._pause)
+        return made
+
+    def _one(self, each: Wanted) -> Any:
+        if each.view is None:
+            return each.value if each.index is WHOLE else each.value[each.index]
+        if each.index is WHOLE:
+            return each.view.touch(each.position, each.key)
+        try:
+            return each.view.reader.slice(each.leaf, each.index)
+        except ZipSlicerError as error:
+            raise error.located(path=each.view.path, key=each.key) from None
+
+    def _give(self, each: Wanted, value: Any) -> None:
+        if self._device is not None:
+            value = value.to(self._device)
+        with self._changed:
+            self._ready.append((each.key, value, each.nbytes))
+            self._changed.notify_all()
+
+
+def _groups(wanted: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
+    """Neighbours in one file, as many as are small together."""
+    group: list[Wanted] = []
+    nbytes = 0
+    for each in wanted:
+        fits = group and each.view is group[0].view and each.index is WHOLE and group[0].index is WHOLE
+        if group and not (fits and nbytes + each.nbytes <= most and len(group) < GROUP_COUNT):
+            yield group
+            group, nbytes = [], 0
+        group.append(each)
+        nbytes += each.nbytes
+    if group:
+        yield group
