@@ -181,6 +181,14 @@ def test_a_view_of_something_larger_is_filled_alone(tmp_path: Path) -> None:
     assert whole[1:3, 1:4].sum() == 6
 
 
+def test_memory_that_was_given_away_is_not_written_to(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1000)}, tmp_path / "m.pth")
+    target = torch.zeros(1000)
+    target.untyped_storage().resize_(0)
+    with zipslicer.load(tmp_path / "m.pth") as sd, pytest.raises(RuntimeError, match="was resized"):
+        sd.load_into({"w": target})
+
+
 def test_a_module_on_the_meta_device_gets_tensors(path: Path) -> None:
     with torch.device("meta"):
         module = network()
