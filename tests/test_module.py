@@ -273,6 +273,81 @@ def test_batch_norm_of_before_its_counter(tmp_path: Path) -> None:
         assert sd.load_into(module) == ([], [], [], [])
 
 
+# ---------------------------------------------------------------- optimizers
+
+
+def stepped(make: Any, dtype: Any = torch.float32, steps: int = 2) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+    optimizer = make(module)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.ones(2, 3, dtype=dtype)).sum().backward()
+        optimizer.step()
+    return module, optimizer
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+OPTIMIZERS = {
+    "adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, amsgrad=True),
+    "adamw in groups": lambda m: torch.optim.AdamW(
+        [{"params": m[0].parameters(), "lr": 0.5}, {"params": m[1].parameters()}]
+    ),
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
+    "lr as tensor": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(0.1)),
+    "named": lambda m: torch.optim.Adam(m.named_parameters(), lr=0.1),
+    "adagrad": lambda m: torch.optim.Adagrad(m.parameters()),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["fresh", "stepped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_as_torch_loads_it(tmp_path: Path, name: str, dtype: Any, steps: int) -> None:
+    _, saved = stepped(OPTIMIZERS[name], steps=3)
+    torch.save({"optimizer": saved.state_dict(), "epoch": 1}, tmp_path / "m.pth")
+    (_, ours), (_, theirs) = (stepped(OPTIMIZERS[name], dtype, steps) for _ in range(2))
+    pointers = {id(v): v.data_ptr() for state in ours.state.values() for v in state.values() if torch.is_tensor(v)}
+    theirs.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True)["optimizer"])
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        sd["optimizer"].load_into(ours)
+    assert alike(ours.state_dict(), theirs.state_dict())
+    kept = [v for state in ours.state.values() for v in state.values() if id(v) in pointers]
+    assert all(v.data_ptr() == pointers[id(v)] for v in kept)
+    assert bool(kept) == bool(pointers)
+    ours.step()
+
+
+def test_an_optimizer_that_does_not_fit(tmp_path: Path) -> None:
+    _, saved = stepped(OPTIMIZERS["adam"])
+    torch.save(saved.state_dict(), tmp_path / "m.pth")
+    _, other = stepped(OPTIMIZERS["adamw in groups"])
+    with zipslicer.load(tmp_path / "m.pth") as sd, pytest.raises(ValueError, match="parameter groups"):
+        sd.load_into(other)
+
+
+def test_hooks_of_an_optimizer(tmp_path: Path) -> None:
+    _, saved = stepped(OPTIMIZERS["adam"])
+    torch.save(saved.state_dict(), tmp_path / "m.pth")
+    told: list[str] = []
+    _, ours = stepped(OPTIMIZERS["adam"])
+    ours.register_load_state_dict_post_hook(lambda _: told.append("after"))
+    with zipslicer.load(tmp_path / "m.pth") as sd:
+        sd.load_into(ours)
+        ours.register_load_state_dict_pre_hook(lambda *_: told.append("before"))
+        sd.load_into(ours)
+    assert told == ["after", "before", "after"]
+
+
 # ---------------------------------------------------------------- what does not fit
 
 

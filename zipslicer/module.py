@@ -1,4 +1,4 @@
-"""Module: load_into. A mapping of a file in, a module or a dict of tensors filled; a report before anything is read.
+"""Module: load_into. A mapping of a file in, a module or an optimizer filled; a report before anything is read.
 
 Bytes go straight into the memory of what is filled where it has the file's dtype and strides; else through a buffer of
 bounded size, a few rows at a time. A module whose class, or hook, loads in a way of its own is asked to do it so.
@@ -7,6 +7,8 @@ Imports torch on first use.
 
 from __future__ import annotations
 
+import collections
+import copy
 import ctypes
 import itertools
 import warnings
@@ -81,9 +83,11 @@ def load_into(
     loading = _Loading(torch, _renamed(source, key_map), strict, assign, dtype, progress)
     if isinstance(target, torch.nn.Module):
         return loading.module(target)
+    if isinstance(target, torch.optim.Optimizer):
+        return loading.optimizer(target)
     if isinstance(target, Mapping):
         return loading.mapping(target)
-    raise TypeError(f"load_into fills a torch.nn.Module or a mapping of tensors, not {type(target).__name__}")
+    raise TypeError(f"load_into fills a module, an optimizer or a mapping of tensors, not {type(target).__name__}")
 
 
 def _renamed(source: LazyStateDict, key_map: KeyMap | None) -> LazyStateDict:
@@ -148,6 +152,78 @@ class _Loading:
                 hook(each, incompatible)
         self._refuse(type(target).__name__)
         return self.report
+
+    def optimizer(self, target: Any) -> LoadReport:
+        """As Optimizer.load_state_dict goes about it; what has its size and dtype is filled where it is."""
+        if target._optimizer_load_state_dict_pre_hooks or self._is_own_way(target):
+            target.load_state_dict(self.source.materialize())
+            return self.report
+        groups, saved = target.param_groups, copy.deepcopy(materialize(self.source["param_groups"]))
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+            raise ValueError(
+                "the optimizer has other parameter groups than the file, or other numbers of parameters in them"
+            )
+        of_id = {
+            number: (param, new)
+            for group, new in zip(groups, saved)
+            for param, number in zip(group["params"], new["params"])
+        }
+        tasks: list[Task] = []
+        state: dict[Any, Any] = collections.defaultdict(dict)
+        for number, values in self.source["state"].items():
+            if number not in of_id:
+                state[number] = materialize(values)
+                continue
+            param, group = of_id[number]
+            state[param] = {}
+            for key in values:
+                tasks += self._state(target, param, group, values, key, state[param], f"state.{number}.{key}")
+        self._refuse(type(target).__name__)
+        self._run(tasks)
+        for (param, _), made in ((pair, state[pair[0]]) for pair in of_id.values() if pair[0] in state):
+            for key, value in made.items():
+                if key != "step" and isinstance(value, self.torch.Tensor) and value.device != param.device:
+                    made[key] = value.to(param.device)
+        for group, new in zip(groups, saved):
+            new["params"] = group["params"]
+            if "param_names" in group:
+                new.setdefault("param_names", group["param_names"])
+        target.__setstate__({"state": state, "param_groups": saved})
+        for hook in target._optimizer_load_state_dict_post_hooks.values():
+            hook(target)
+        return self.report
+
+    def _is_own_way(self, optimizer: Any) -> bool:
+        return type(optimizer).load_state_dict is not self.torch.optim.Optimizer.load_state_dict
+
+    def _state(
+        self,
+        optimizer: Any,
+        param: Any,
+        group: Mapping[str, Any],
+        values: Any,
+        key: Any,
+        made: dict[Any, Any],
+        name: str,
+    ) -> list[Task]:
+        """One value of a parameter's state: filled where it is, or put into `made`."""
+        torch = self.torch
+        info = values.get_meta(key) if isinstance(values, LazyStateDict) else None
+        if info is None:
+            made[key] = _moved(torch, param, materialize(values[key]))
+            return []
+        # Of torch: Optimizer._process_value_according_to_param_policy.
+        is_step, is_ahead = key == "step", group.get("capturable", False) or group.get("fused", False)
+        wanted = param.dtype if param.is_floating_point() else info.dtype
+        if is_step:
+            wanted = torch.float32 if is_ahead else info.dtype
+        before = optimizer.state[param].get(key) if param in optimizer.state else None
+        if isinstance(before, torch.Tensor) and tuple(before.shape) == info.shape and before.dtype == wanted:
+            made[key] = before
+            return self._tasks(values, key, before, None, name)
+        made[key] = None  # in the order of the file
+        like = torch.empty(info.shape, dtype=wanted, device="meta")
+        return self._tasks(values, key, like, _setter(made, key), name)
 
     # ---------------------------------------------------------------- modules
     def _visit(
@@ -237,31 +313,36 @@ class _Loading:
                 self._by_itself(each, its_prefix, its_own)
 
     # ---------------------------------------------------------------- one tensor
-    def _tasks(self, own: LazyStateDict, key: Any, target: Any, put: Callable[[Any], None] | None) -> list[Task]:
-        """What is to be done for a tensor of the target; nothing for what cannot be, or is done already."""
+    def _tasks(
+        self, own: LazyStateDict, key: Any, target: Any, put: Callable[[Any], None] | None, name: Any = None
+    ) -> list[Task]:
+        """What is to be done for a tensor of the target; nothing for what cannot be, or is done already. `name`: in the
+        report, where that is not the key.
+        """
+        name, report = key if name is None else name, self.report
         if key not in own:
-            self.report.missing_keys.append(key)
+            report.missing_keys.append(name)
             return []
         info = own.get_meta(key)
         if info is None:
-            self.report.mismatches.append((key, "the file has no tensor there"))
+            report.mismatches.append((name, "the file has no tensor there"))
             return []
         shape = tuple(target.shape)
         if info.shape != shape and not (shape == () and info.shape == (1,)):  # torch 0.3 had no tensors of shape ()
-            self.report.mismatches.append((key, f"the file has the shape {info.shape}, the target {shape}"))
+            report.mismatches.append((name, f"the file has the shape {info.shape}, the target {shape}"))
             return []
         if put is None and not self._has_memory(target):
-            self.report.mismatches.append((key, "the storage of the target was resized, and is too small for it"))
+            report.mismatches.append((name, "the storage of the target was resized, and is too small for it"))
             return []
         if id(target) in self.seen and put is None:
             return []
         self.seen[id(target)] = target
-        self._note_cast(key, info, self._dtype_of(info, target, put))
+        self._note_cast(name, info, self._dtype_of(info, target, put))
         position = own._slots[key]
         if position < 0:
-            return [Task(key, info, target, put, None, position, None, own._overlay[key])]
+            return [Task(name, info, target, put, None, position, None, own._overlay[key])]
         view, position = own._view.at(position)
-        return [Task(key, info, target, put, view, position, view.table.leaf(position))]
+        return [Task(name, info, target, put, view, position, view.table.leaf(position))]
 
     def _has_memory(self, target: Any) -> bool:
         """False as FSDP leaves parameters whose memory it has given back: torch would write to it all the same."""
@@ -470,6 +551,15 @@ def _bottom_up(module: Any) -> list[Any]:
         if child is not None:
             made += _bottom_up(child)
     return [*made, module]
+
+
+def _moved(torch: Any, param: Any, value: Any) -> Any:
+    """What optimizers keep in lists and dicts of their own, to the device and dtype of the parameter."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=param.device, dtype=param.dtype if param.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: _moved(torch, param, each) for key, each in value.items()}
+    return type(value)(_moved(torch, param, each) for each in value) if isinstance(value, (list, tuple)) else value
 
 
 def _setter(target: Any, key: Any) -> Callable[[Any], None]:

@@ -698,7 +698,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         key_map: Callable[[Any], Any] | Mapping[Any, Any] | None = None,
         progress: bool = False,
     ) -> LoadReport:
-        """Fill a torch.nn.Module, or a mapping of tensors, as Module.load_state_dict would; and hold no second copy.
+        """Fill a module, an optimizer or a mapping of tensors, as load_state_dict would; and hold no second copy.
 
         Bytes are read straight into the memory of a parameter where its dtype and strides are those in the file and it
         is on the CPU; else through a buffer of 16 MiB. Tensors on the meta device are replaced by new ones of their
@@ -710,7 +710,8 @@ class LazyStateDict(MutableMapping[Any, Any]):
         before, and those that were read together with the one that the error names may hold some of each.
 
         Args:
-            target: a module, or a mapping from the same keys to tensors.
+            target: a torch.nn.Module, a torch.optim.Optimizer (from its own part of a checkpoint), or a mapping from the
+                same keys to tensors.
             strict: refuse keys that are missing or unexpected.
             assign: put new tensors, of the file's dtype, in place of those of the target.
             dtype: with `assign` and for the meta device: what floating-point tensors become.
@@ -721,7 +722,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             A LoadReport (missing_keys, unexpected_keys, mismatches, casts), which begins as torch's own does.
 
         Raises:
-            RuntimeError: as torch words it, for what does not fit.
+            RuntimeError: as torch words it, for what does not fit. ValueError: an optimizer has other parameter groups.
             OSError and the errors of zipslicer.errors, with `.key`.
         """
         from .module import load_into
