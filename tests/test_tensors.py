@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import zipslicer
-from zipslicer.tensors import default_threads
+from zipslicer.tensors import cpu_quota, default_threads
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
@@ -506,3 +507,42 @@ def test_no_memory_is_written_to_that_a_fake_tensor_does_not_have(tmp_path: Path
         with FakeTensorMode(), contextlib.suppress(RuntimeError):  # torch's own, of what is no fake one
             sd["w"]
         assert sd["w"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------- how many threads
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "quota"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "max 100000\n"}, 1.5),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
+        ("0::/../../elsewhere\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
+            2,
+        ),
+        ("3:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ("0::/\n", {}, math.inf),
+        ("nonsense\n::\n", {"cpu.max": "what\n"}, math.inf),
+        (None, {}, math.inf),
+    ],
+)
+def test_the_quota_of_control_groups(tmp_path: Path, cgroup: Any, files: dict[str, str], quota: float) -> None:
+    if cgroup is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(cgroup)
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    assert cpu_quota(str(tmp_path)) == quota
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(0.2, 1), (1.5, 2), (1, 1), (math.inf, 5), (100, 5)])
+def test_threads_go_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch, quota: float, threads: int) -> None:
+    monkeypatch.delenv("ZIPSLICER_THREADS", raising=False)
+    monkeypatch.setattr("zipslicer.tensors.cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
+    assert default_threads() == threads

@@ -123,7 +123,8 @@ def open(
             floating-point dtype of NumPy, and `map_location` "cpu" or None.
         unknown: "placeholder" puts an inert Placeholder for what policy does not know; "error" refuses the file.
         allow: classes to build for real, by dotted name: {"pkg.Config": pkg.Config}. They are called with what the file says.
-        threads: for large reads; by default the CPUs this process may use, at most 8, or ZIPSLICER_THREADS.
+        threads: for large reads; by default the CPUs that affinity and control group leave to this process, at most 8, or
+            ZIPSLICER_THREADS.
         limits: what the file may ask for before a tensor is touched.
         window: (offset, nbytes) of an archive inside a larger file.
         record: the one to read, where an archive has several: a pickle (TorchScript keeps its constants in

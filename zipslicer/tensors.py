@@ -9,6 +9,7 @@ import abc
 import collections
 import dataclasses
 import functools
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "default_threads", "portions"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "cpu_quota", "default_threads", "portions"]
 
 THREADED = 4 << 20  # bytes; a read of this much is worth more than one thread
 PORTION_NBYTES = 128 << 20  # after which a read that can be stopped looks whether it is to stop
@@ -66,15 +67,56 @@ class ReadOptions:
             object.__setattr__(self, "dtype", floating_dtype(self.dtype))
 
 
+@functools.cache
+def cpu_quota(root: str = "/") -> float:
+    """CPUs' worth of time that the control groups of this process have (Linux); infinite without a limit.
+
+    Of version 2 cpu.max counts, of version 1 cpu.cfs_quota_us; a limit of any group above holds as well.
+    """
+    most = math.inf
+    try:
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return most
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = os.path.join(root, "sys/fs/cgroup", "cpu" if controllers else "")
+        parts = path.strip("/").split("/")
+        for depth in range(
+            len(parts) + 1
+        ):  # in a container the path may be that of the host, and only the root be there
+            most = min(most, _quota_of(os.path.join(mount, *parts[:depth])))
+    return most
+
+
+def _quota_of(folder: str) -> float:
+    try:
+        if os.path.exists(os.path.join(folder, "cpu.max")):
+            quota, period = _words(folder, "cpu.max")
+        else:
+            quota, period = *_words(folder, "cpu.cfs_quota_us"), *_words(folder, "cpu.cfs_period_us")
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _words(folder: str, name: str) -> list[str]:
+    with open(os.path.join(folder, name)) as file:
+        return file.read().split()
+
+
 def default_threads() -> int:
-    """ZIPSLICER_THREADS, or the CPUs this process may use, at most 8."""
+    """ZIPSLICER_THREADS, or the CPUs this process may use by its affinity and its control group, at most 8."""
     given = os.environ.get("ZIPSLICER_THREADS")
     if given:
         if not given.isdigit() or int(given) < 1:
             raise ValueError(f"ZIPSLICER_THREADS must be a number from 1 on, not {given!r}")
         return int(given)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(LOCAL_THREADS, cpus)
+    return max(1, min(LOCAL_THREADS, cpus, math.ceil(min(cpu_quota(), LOCAL_THREADS))))
 
 
 class RowReader(abc.ABC):
