@@ -29,7 +29,7 @@ constexpr int kMaxThreads = 64;  // more do not read faster, and a caller's typi
 // A gap of at most a page is read along: to copy it costs what a call of its own would cost, and more does not pay.
 constexpr std::uint64_t kNear = 4096;
 constexpr std::uint64_t kHeaderRoom = 8 << 10;  // of local header read along; torch pads them to 4 KiB at most
-constexpr std::size_t kMaxScratch = 256 << 10;  // headers and gaps of one call; stays in the cache
+constexpr std::size_t kMaxScratch = 256 << 10;  // headers of one call, and gaps beside them; stays in the cache
 constexpr auto kPollInterval = std::chrono::milliseconds(100);
 
 #if defined(__GNUC__)
@@ -147,6 +147,12 @@ struct Part {
   [[nodiscard]] std::uint64_t end() const { return offset + to.nbytes; }
 };
 
+// Bytes of scratch that a part of a call takes together with the gap before it. All gaps between wanted bytes share one
+// page, which then stays in the innermost cache.
+std::size_t aside(const Part& part, std::size_t gap, bool after_header) {
+  return part.is_header() ? gap + part.to.nbytes : after_header ? gap : 0;
+}
+
 // Parts [first, last) of the plan, which one preadv reads, with the gaps between them.
 struct Call {
   std::size_t first;
@@ -198,7 +204,7 @@ class Plan {
       calls_.push_back({parts_.size(), parts_.size()});
       wanted_ = scratch_ = 0;
       iovecs_ = 0;
-      count(part, 0);
+      count(part, 0, false);
     }
     parts_.push_back(part);
     ++calls_.back().last;
@@ -209,17 +215,17 @@ class Plan {
       return false;  // the first, or one that overlaps what the call has read already
     }
     const std::uint64_t gap = part.offset - parts_.back().end();
-    if (gap > kNear || iovecs_ + 2 > kMaxParts || scratch_ + gap + part.to.nbytes * part.is_header() > kMaxScratch ||
-        (!part.is_header() && wanted_ + part.to.nbytes > chunk_)) {
+    if (gap > kNear || iovecs_ + 2 > kMaxParts || (!part.is_header() && wanted_ + part.to.nbytes > chunk_) ||
+        scratch_ + aside(part, static_cast<std::size_t>(gap), parts_.back().is_header()) > kMaxScratch) {
       return false;
     }
-    count(part, static_cast<std::size_t>(gap));
+    count(part, static_cast<std::size_t>(gap), parts_.back().is_header());
     return true;
   }
 
-  void count(const Part& part, std::size_t gap) {
+  void count(const Part& part, std::size_t gap, bool after_header) {
     wanted_ += part.is_header() ? 0 : part.to.nbytes;
-    scratch_ += gap + (part.is_header() ? part.to.nbytes : 0);
+    scratch_ += aside(part, gap, after_header);
     iovecs_ += gap != 0 ? 2 : 1;
     most_scratch_ = std::max(most_scratch_, scratch_);
     most_iovecs_ = std::max(most_iovecs_, iovecs_);
@@ -283,6 +289,7 @@ class Run {
           iovecs(new iovec[static_cast<std::size_t>(plan.most_iovecs())]) {}
 
     std::unique_ptr<unsigned char[]> scratch;  // uninitialised, unlike a vector
+    unsigned char gap[kNear];
     std::unique_ptr<iovec[]> iovecs;
     std::vector<Head> heads;
   };
@@ -336,7 +343,7 @@ class Run {
   }
 
   // Writes the iovecs of a call: what is wanted goes where it is wanted; headers, and gaps before and after them, go
-  // into the scratch in one stretch. Returns how many iovecs there are.
+  // into the scratch in one stretch, other gaps into one page. Returns how many iovecs there are.
   int lay_out(const Call& call, Room& room) const {
     room.heads.clear();
     std::size_t scratch = 0;
@@ -345,15 +352,17 @@ class Run {
     std::uint64_t at = plan_.begin(call)->offset;
     for (const Part* part = plan_.begin(call); part != plan_.end(call); ++part) {
       const auto gap = static_cast<std::size_t>(part->offset - at);
-      const std::size_t aside = gap + (part->is_header() ? part->to.nbytes : 0);
-      if (aside != 0) {
+      const std::size_t kept = aside(*part, gap, in_scratch);
+      if (kept == 0 && gap != 0) {
+        room.iovecs[static_cast<std::size_t>(count++)] = {room.gap, gap};
+      } else if (kept != 0) {
         if (in_scratch) {
-          room.iovecs[static_cast<std::size_t>(count - 1)].iov_len += aside;
+          room.iovecs[static_cast<std::size_t>(count - 1)].iov_len += kept;
         } else {
-          room.iovecs[static_cast<std::size_t>(count++)] = {room.scratch.get() + scratch, aside};
+          room.iovecs[static_cast<std::size_t>(count++)] = {room.scratch.get() + scratch, kept};
         }
         in_scratch = true;
-        scratch += aside;
+        scratch += kept;
       }
       if (part->is_header()) {
         room.heads.push_back({part, scratch - part->to.nbytes});
@@ -555,6 +564,40 @@ void read_records(Reader& reader, const Archive& archive, const std::vector<Job>
       read_wanted(reader, archive, look_up(archive, jobs_of(jobs, mistaken), buffers), threads, poll);
     }
   });
+}
+
+void read_runs(Reader& reader, const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes,
+               const std::vector<Steps>& dims, Destination to, int threads, const Poll& poll) {
+  std::uint64_t runs = 1;
+  for (const Steps& dim : dims) {
+    if (dim.count < 0 || (dim.count != 0 && runs > SIZE_MAX / static_cast<std::uint64_t>(dim.count))) {
+      throw std::invalid_argument("too many runs");
+    }
+    runs *= static_cast<std::uint64_t>(dim.count);
+  }
+  if (nbytes < 1 || runs != to.nbytes / static_cast<std::uint64_t>(nbytes) ||
+      to.nbytes % static_cast<std::uint64_t>(nbytes) != 0) {
+    throw std::invalid_argument("a buffer of " + std::to_string(to.nbytes) + " bytes is not for " +
+                                std::to_string(runs) + " runs of " + std::to_string(nbytes));
+  }
+  // Whoever passes steps that lead out of the record gets an exception for the first such run.
+  std::vector<Job> jobs{{static_cast<std::int64_t>(record), start, nbytes, 0, 0}};
+  jobs.reserve(runs);
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    const std::size_t inner = jobs.size();
+    for (std::int64_t i = 1; i < dim->count; ++i) {
+      for (std::size_t j = 0; j < inner; ++j) {
+        Job job = jobs[j];
+        job.start = static_cast<std::int64_t>(static_cast<std::uint64_t>(job.start) +
+                                              static_cast<std::uint64_t>(i) * static_cast<std::uint64_t>(dim->stride));
+        job.place = static_cast<std::int64_t>(jobs.size()) * nbytes;
+        jobs.push_back(job);
+      }
+    }
+  }
+  if (runs != 0) {
+    read_records(reader, archive, jobs, {to}, threads, poll);
+  }
 }
 
 // ---- POSIX ----

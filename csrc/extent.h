@@ -130,6 +130,17 @@ bool read_record_cached(const PosixReader& reader, const Archive& archive, std::
 void read_records(Reader& reader, const Archive& archive, const std::vector<Job>& jobs,
                   const std::vector<Destination>& buffers, int threads, const Poll& poll);
 
+// A dimension around runs: so many, so many bytes apart.
+struct Steps {
+  std::int64_t count;
+  std::int64_t stride;
+};
+
+// Runs of `nbytes` bytes of a record, the first from byte `start` of its payload on, in the row-major order of `dims`;
+// they fill `to`, one after the other. Throws as read_record.
+void read_runs(Reader& reader, const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes,
+               const std::vector<Steps>& dims, Destination to, int threads, const Poll& poll);
+
 constexpr std::size_t rounded_up(std::size_t nbytes, std::size_t to) { return (nbytes + to - 1) / to * to; }
 
 // Writable memory for large tensors, of any content: on huge pages and aligned to them where the system has any, since

@@ -201,6 +201,7 @@ class Rows {
   Rows& operator=(const Rows&) = delete;
   ~Rows() { PyBuffer_Release(&view_); }
 
+  [[nodiscard]] std::size_t count() const { return count_; }
   [[nodiscard]] const T& at(std::int64_t number) const { return *run(number, 1); }
 
   [[nodiscard]] const T* run(std::int64_t start, std::size_t count) const {
@@ -466,108 +467,215 @@ py::object owned(PyObject* made) {
   return py::reinterpret_steal<py::object>(made);
 }
 
-// The tensor that backend.Maker makes, and its memory; null for none, where a row is to be read in another way.
-struct Made {
-  Made(const py::handle& maker, std::int64_t dtype, const py::tuple& sizes, const py::tuple& strides,
-       std::size_t size) {
-    if (PyTuple_Check(maker.ptr()) == 0 || PyTuple_GET_SIZE(maker.ptr()) != 6) {
-      throw py::type_error("a maker is the six of backend.Maker");
-    }
-    PyObject* const* const parts = &PyTuple_GET_ITEM(maker.ptr(), 0);
-    PyObject* const wanted = PyList_GetItem(parts[3], static_cast<Py_ssize_t>(dtype));
-    if (wanted == nullptr) {
-      throw py::error_already_set();
-    }
-    if (wanted == Py_None) {
-      return;
-    }
-    PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), wanted, parts[2]};
-    py::object made = owned(PyObject_Vectorcall(parts[0], arguments, 2, parts[1]));
-    if (reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())) != parts[4]) {
-      return;  // a mode of torch is on, under which it makes other things
-    }
-    const py::object address = owned(PyObject_CallOneArg(parts[5], made.ptr()));
-    void* const data = PyLong_AsVoidPtr(address.ptr());
-    if (data == nullptr && PyErr_Occurred() != nullptr) {
-      throw py::error_already_set();
-    }
-    if (data != nullptr) {
-      to = {static_cast<unsigned char*>(data), size};
-      object = std::move(made);
-    }
-  }
-
+// A tensor whose memory is to be filled, and that memory.
+struct NewTensor {
   py::object object;
   Destination to{nullptr, 0};
 };
 
-// The row that `value` means, by backend.Backend.read_tensor; -1 for a value that is no tensor.
-std::int64_t row_of(PyObject* const* hot, std::int64_t value) {
-  if (value < 0) {
-    return ~value;
+// What backend.Maker makes; null for none, where a row is to be read in another way.
+NewTensor make(const py::handle& maker, std::int64_t dtype, const py::tuple& sizes, const py::tuple& strides,
+               std::size_t size) {
+  if (PyTuple_Check(maker.ptr()) == 0 || PyTuple_GET_SIZE(maker.ptr()) != 6) {
+    throw py::type_error("a maker is the six of backend.Maker");
   }
-  const Rows<unsigned char> kinds(hot[3]);
-  if (kinds.at(value) != static_cast<unsigned char>(Kind::tensor)) {
-    return -1;
+  PyObject* const* const parts = &PyTuple_GET_ITEM(maker.ptr(), 0);
+  PyObject* const wanted = PyList_GetItem(parts[3], static_cast<Py_ssize_t>(dtype));
+  if (wanted == nullptr) {
+    throw py::error_already_set();
   }
-  return Rows<std::int64_t>(hot[4]).at(value);
+  if (wanted == Py_None) {
+    return {};
+  }
+  PyObject* const arguments[] = {sizes.ptr(), strides.ptr(), wanted, parts[2]};
+  py::object made = owned(PyObject_Vectorcall(parts[0], arguments, 2, parts[1]));
+  if (reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())) != parts[4]) {
+    return {};  // a mode of torch is on, under which it makes other things
+  }
+  const py::object address = owned(PyObject_CallOneArg(parts[5], made.ptr()));
+  void* const memory = PyLong_AsVoidPtr(address.ptr());
+  if (memory == nullptr) {
+    if (PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+    return {};
+  }
+  return {std::move(made), {static_cast<unsigned char*>(memory), size}};
 }
+
+// A backend.Hot, held for the time of a call.
+class HotView {
+ public:
+  explicit HotView(const py::handle& hot)
+      : parts_(parts_of(hot)),
+        handle(owned(PyObject_GetAttr(parts_[0], handle_name))),
+        view_(parts_[1], parts_[2]),
+        rows_(parts_[5]),
+        dims_(parts_[6]),
+        direct_(parts_[7]),
+        limit_(integer_of(parts_[8])) {
+    const py::object bytes = owned(PyObject_GetAttr(parts_[0], stamp_name));
+    stamped_ = stamp_of(bytes, stamp_);
+  }
+
+  // The row that `value` means, by backend.Backend.read_tensor; -1 for a value that is no tensor.
+  [[nodiscard]] std::int64_t row_of(std::int64_t value) const {
+    if (value < 0) {
+      return ~value;
+    }
+    const Rows<unsigned char> kinds(parts_[3]);
+    if (kinds.at(value) != static_cast<unsigned char>(Kind::tensor)) {
+      return -1;
+    }
+    return Rows<std::int64_t>(parts_[4]).at(value);
+  }
+
+  [[nodiscard]] const TensorRow& row(std::int64_t number) const { return rows_.at(number); }
+
+  // Where the bytes of a row are, for one that read_tensor is for; else with a record below 0.
+  [[nodiscard]] Job job(const TensorRow& row) const {
+    const std::int64_t record = direct_.at(row.storage);
+    if (record < 0 || row.flags != 0 || row.extent <= 0 || row.itemsize <= 0 || row.extent >= limit_ / row.itemsize) {
+      return {-1, 0, 0, 0, 0};
+    }
+    const Job found{record, row.storage_offset * row.itemsize, row.extent * row.itemsize, 0, 0};
+    check_range(view_.archive, static_cast<std::size_t>(record), found.start, found.nbytes);
+    return found;
+  }
+
+  // Whether makers are not to be asked.
+  [[nodiscard]] bool is_off() const {
+    return parts_[9] != Py_None && owned(PyObject_CallNoArgs(parts_[10])).ptr() == Py_True;
+  }
+
+  // Memory for a row, and what read_tensor returns for it; null for none.
+  [[nodiscard]] NewTensor made(const TensorRow& row, std::int64_t nbytes) const {
+    const auto ndim = static_cast<std::size_t>(row.ndim);
+    const std::int64_t* const shape = dims_.run(row.dims, 2 * ndim);
+    const py::tuple sizes = tuple_of(shape, ndim);
+    const py::tuple strides = tuple_of(shape + ndim, ndim);
+    if (parts_[9] == Py_None) {
+      NewBuffer buffer(nbytes);
+      return {py::make_tuple(std::move(buffer.object), row.dtype, sizes, strides), buffer.to};
+    }
+    std::uint64_t extent = 1;  // unsigned, which may wrap: no row that scan_pickle made does
+    for (std::size_t dim = 0; dim < ndim; ++dim) {
+      extent += (static_cast<std::uint64_t>(shape[dim]) - 1) * static_cast<std::uint64_t>(shape[ndim + dim]);
+    }
+    if (extent != static_cast<std::uint64_t>(row.extent)) {  // of so many elements the memory will be
+      throw std::invalid_argument("the extent of a row is not that of its sizes and strides");
+    }
+    return make(parts_[9], row.dtype, sizes, strides, static_cast<std::size_t>(nbytes));
+  }
+
+  [[nodiscard]] const Archive& archive() const { return view_.archive; }
+  [[nodiscard]] const Stamp* stamp() const { return stamped_ ? &stamp_ : nullptr; }
+  [[nodiscard]] std::size_t storage_count() const { return direct_.count(); }
+
+ private:
+  static PyObject* const* parts_of(const py::handle& hot) {
+    if (PyTuple_Check(hot.ptr()) == 0 || PyTuple_GET_SIZE(hot.ptr()) != 11) {
+      throw py::type_error("a hot is the eleven of backend.Hot");
+    }
+    return &PyTuple_GET_ITEM(hot.ptr(), 0);
+  }
+
+  PyObject* const* parts_;
+
+ public:
+  const py::object handle;
+
+ private:
+  ArchiveView view_;
+  Rows<TensorRow> rows_;
+  Rows<std::int64_t> dims_;
+  Rows<std::int64_t> direct_;
+  std::int64_t limit_;
+  Stamp stamp_{};
+  bool stamped_;
+};
 
 // A backend.Hot and a value. The hot path, called once a small tensor.
 py::object read_tensor_of(PyObject* const* arguments) {
-  if (PyTuple_Check(arguments[0]) == 0 || PyTuple_GET_SIZE(arguments[0]) != 11) {
-    throw py::type_error("a hot is the eleven of backend.Hot");
-  }
-  PyObject* const* const hot = &PyTuple_GET_ITEM(arguments[0], 0);
-  const std::int64_t number = row_of(hot, integer_of(arguments[1]));
+  const HotView hot(arguments[0]);
+  const std::int64_t number = hot.row_of(integer_of(arguments[1]));
   if (number < 0) {
     return py::none();
   }
-  const Rows<TensorRow> rows(hot[5]);
-  const Rows<std::int64_t> dims(hot[6]);
-  const Rows<std::int64_t> direct(hot[7]);
-  const TensorRow& row = rows.at(number);
-  const std::int64_t record = direct.at(row.storage);
-  const std::int64_t limit = integer_of(hot[8]);
-  if (record < 0 || row.flags != 0 || row.extent <= 0 || row.itemsize <= 0 || row.extent >= limit / row.itemsize) {
+  const TensorRow& row = hot.row(number);
+  const Job job = hot.job(row);
+  if (job.record < 0 || hot.is_off()) {
     return py::none();
   }
-  const py::object handle = owned(PyObject_GetAttr(hot[0], handle_name));
-  const py::object stamped = owned(PyObject_GetAttr(hot[0], stamp_name));
-  Stamp opened;
-  const Stamp* const stamp = stamp_of(stamped, opened) ? &opened : nullptr;
-  const ArchiveView view(hot[1], hot[2]);
-  const std::int64_t start = row.storage_offset * row.itemsize;
-  const std::int64_t nbytes = row.extent * row.itemsize;
-  check_range(view.archive, static_cast<std::size_t>(record), start, nbytes);
-  const auto ndim = static_cast<std::size_t>(row.ndim);
-  const std::int64_t* const shape = dims.run(row.dims, 2 * ndim);
-  const py::tuple sizes = tuple_of(shape, ndim);
-  const py::tuple strides = tuple_of(shape + ndim, ndim);
-  const auto read = [&](Destination to) {
-    read_small(handle, stamp, view.archive, static_cast<std::size_t>(record), start, to);
-  };
-  if (hot[9] == Py_None) {
-    NewBuffer buffer(nbytes);
-    read(buffer.to);
-    return py::make_tuple(std::move(buffer.object), row.dtype, sizes, strides);
-  }
-  std::uint64_t extent = 1;  // unsigned, which may wrap: no row that scan_pickle made does
-  for (std::size_t dim = 0; dim < ndim; ++dim) {
-    extent += (static_cast<std::uint64_t>(shape[dim]) - 1) * static_cast<std::uint64_t>(shape[ndim + dim]);
-  }
-  if (extent != static_cast<std::uint64_t>(row.extent)) {  // of so many elements the memory will be
-    throw std::invalid_argument("the extent of a row is not that of its sizes and strides");
-  }
-  if (owned(PyObject_CallNoArgs(hot[10])).ptr() == Py_True) {
-    return py::none();
-  }
-  Made made(hot[9], row.dtype, sizes, strides, static_cast<std::size_t>(nbytes));
+  NewTensor made = hot.made(row, job.nbytes);
   if (!made.object) {
     return py::none();
   }
-  read(made.to);
+  read_small(hot.handle, hot.stamp(), hot.archive(), static_cast<std::size_t>(job.record), job.start, made.to);
   return std::move(made.object);
+}
+
+// How many of the rows lie in each storage; two stands for more.
+std::vector<unsigned char> uses_of(const HotView& hot, const py::list& numbers) {
+  std::vector<unsigned char> uses(hot.storage_count());
+  for (const py::handle& number : numbers) {
+    unsigned char& count = uses.at(static_cast<std::size_t>(hot.row(integer_of(number)).storage));
+    count = static_cast<unsigned char>(count < 2 ? count + 1 : 2);
+  }
+  return uses;
+}
+
+py::list read_tensors_of(const py::object& columns, const py::list& numbers, bool whole, int threads) {
+  const HotView hot(columns);
+  const std::size_t count = numbers.size();
+  py::list found(count);
+  std::vector<unsigned char> uses;
+  if (whole) {
+    uses = uses_of(hot, numbers);
+  }
+  std::vector<Job> jobs;
+  std::vector<Destination> places;
+  jobs.reserve(count), places.reserve(count);
+  const bool is_off = hot.is_off();
+  for (std::size_t i = 0; i < count; ++i) {
+    const TensorRow& row = hot.row(integer_of(numbers[i]));
+    Job job = hot.job(row);
+    const bool shares = whole && job.record >= 0 &&
+                        (uses[static_cast<std::size_t>(row.storage)] != 1 || job.start != 0 ||
+                         job.nbytes != hot.archive().entries[job.record].nbytes);
+    NewTensor made;
+    if (job.record >= 0 && !shares && !is_off) {
+      made = hot.made(row, job.nbytes);
+    }
+    if (!made.object) {
+      found[i] = py::none();
+      continue;
+    }
+    job.buffer = static_cast<std::int64_t>(places.size());
+    jobs.push_back(job);
+    places.push_back(made.to);
+    found[i] = std::move(made.object);
+  }
+  with_reader(hot.handle, hot.stamp(), [&](Reader& reader, const Poll& poll) {
+    read_records(reader, hot.archive(), jobs, places, threads, poll);
+  });
+  return found;
+}
+
+void read_runs_of(const py::object& handle, const py::object& stamp, const py::object& block, const py::object& entries,
+                  std::size_t record, std::int64_t start, std::int64_t nbytes, const py::list& dims,
+                  const py::object& buffer, int threads) {
+  Stamp opened;
+  const bool stamped = stamp_of(stamp, opened);
+  const ArchiveView archive(block, entries);
+  const View view(buffer);
+  std::vector<Steps> steps;
+  for (std::size_t i = 0; i + 1 < dims.size(); i += 2) {
+    steps.push_back({integer_of(dims[i]), integer_of(dims[i + 1])});
+  }
+  with_reader(handle, stamped ? &opened : nullptr, [&](Reader& reader, const Poll& poll) {
+    read_runs(reader, archive.archive, record, start, nbytes, steps, view.destination(), threads, poll);
+  });
 }
 
 // Functions that take their arguments as an array. pybind11's wrapping would add 0.16 us to 1.1 us.
@@ -697,6 +805,11 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
   }
   module.def("read_records", &read_records_of, py::arg("handle"), py::arg("stamp"), py::arg("block"),
              py::arg("entries"), py::arg("jobs"), py::arg("buffers"), py::arg("threads"), py::pos_only());
+  module.def("read_tensors", &read_tensors_of, py::arg("hot"), py::arg("numbers"), py::arg("whole"), py::arg("threads"),
+             py::pos_only());
+  module.def("read_runs", &read_runs_of, py::arg("handle"), py::arg("stamp"), py::arg("block"), py::arg("entries"),
+             py::arg("record"), py::arg("start"), py::arg("nbytes"), py::arg("dims"), py::arg("buffer"),
+             py::arg("threads"), py::pos_only());
   module.def("find_directory", &find_directory_of, py::arg("tail"), py::arg("tail_offset"), py::arg("base"),
              py::pos_only());
   module.def("parse_directory", &parse_directory_of, py::arg("block"), py::arg("count"), py::arg("offset"),

@@ -58,6 +58,8 @@ def plain(value: Any) -> Any:
     """Buffers as bytes, so that one may be a bytearray and the other a memoryview."""
     if isinstance(value, (bytearray, memoryview)):
         return bytes(value)
+    if isinstance(value, list):
+        return [plain(each) for each in value]
     return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
@@ -387,6 +389,93 @@ def test_read_tensor(native: Any, data: st.DataObject) -> None:
         assert result == ("came", (expected, 3, tuple(dims[:ndim]), tuple(dims[ndim : 2 * ndim])))
 
 
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 3), st.integers(0, 2), st.integers(0, 4), st.sampled_from([0, 0, 0, 1]), st.integers(0, 5)
+        ),
+        max_size=6,
+    ),
+    whole=st.booleans(),
+    limit=st.sampled_from([5, 4096]),
+    data=st.data(),
+)
+def test_read_tensors(
+    native: Any, rows: list[tuple[int, int, int, int, int]], whole: bool, limit: int, data: st.DataObject
+) -> None:
+    """Of each row what read_tensor gives; with `whole`, of those that have a storage to themselves."""
+    contents = {str(i): bytes(range(16 * i, 16 * i + n)) for i, n in enumerate((0, 3, 4))}
+    content = makers.checkpoint(b"N.", contents).data
+    offset, nbytes, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + nbytes]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    direct = array("q", [*_pure.find_records(block, entries, b"archive/data/", b"012", [1, 2, 3]), -1])
+    sizes = [*map(len, contents.values()), 0]
+    # (storage, dtype, itemsize, storage_offset, dims, ndim, flags, offset, extent), of bytes that are there
+    table = [
+        (storage, dtype, 1, min(start, sizes[storage]), 0, 1, flags, 0, max(0, min(extent, sizes[storage] - start)))
+        for storage, dtype, start, flags, extent in rows
+    ]
+    numbers = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8)) if rows else []
+    packed = array("q", [field for row in table for field in row]).tobytes()
+    columns = (b"", memoryview(array("q")), packed, memoryview(array("q", [7, 1])), direct)
+    hot = Hot(Memory(content), block, entries, *columns, limit, None, bool)
+    found = compare(native, "read_tensors", hot, numbers, whole, data.draw(st.integers(1, 2)))
+    storages = [table[number][0] for number in numbers]
+    expected = []
+    for number in numbers:
+        storage, _, _, start, *_, extent = table[number]
+        is_alone = storages.count(storage) == 1 and not start and extent == sizes[storage]
+        each = _pure.read_tensor(hot, ~number)
+        expected.append(None if each is None or (whole and not is_alone) else (bytes(each[0]), *each[1:]))
+    assert found == ("came", expected)
+
+
+@given(
+    dims=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), max_size=3),
+    nbytes=st.integers(1, 40),
+    start=st.integers(0, 50),
+    proved=st.booleans(),
+    threads=st.integers(1, 2),
+    most=MOST,
+)
+@example(dims=[(700, 5)], nbytes=2, start=0, proved=True, threads=1, most=0)  # more than one preadv takes
+@example(dims=[(2, 9), (3, 4)], nbytes=4, start=0, proved=False, threads=1, most=0)
+@example(dims=[(300, 20_000)], nbytes=20_000, start=5, proved=True, threads=2, most=0)  # worth threads, all one stretch
+def test_runs(
+    native: Any,
+    path: Path,
+    dims: list[tuple[int, int]],
+    nbytes: int,
+    start: int,
+    proved: bool,
+    threads: int,
+    most: int,
+) -> None:
+    starts = [start]
+    for n, stride in dims:
+        starts = [first + i * stride for first in starts for i in range(n)]
+    payload = bytes(i * 7 % 251 for i in range(251)) * ((max(starts, default=0) + nbytes) // 251 + 1)
+    content = makers.checkpoint(b"N.", {"0": payload}).data
+    offset, block_nbytes, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + block_nbytes]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    (record,) = _pure.find_records(block, entries, b"archive/data/", b"0", [1])
+    with opened(content, path, most) as (handle, stamp):
+        if proved:
+            _pure.read_record(handle, stamp, block, entries, record, 0, 0)
+        flat = [number for dim in dims for number in dim]
+        arguments = (record, start, nbytes, flat)
+        for backend in (_pure, native):
+            buffer, table = bytearray(len(starts) * nbytes), bytearray(entries)
+            backend.read_runs(handle, stamp, block, table, *arguments, buffer, threads)
+            assert bytes(buffer) == b"".join(payload[first : first + nbytes] for first in starts)
+        with pytest.raises(ValueError, match="is not for"):
+            native.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
+        with pytest.raises(ValueError, match="is not for"):
+            _pure.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
+
+
 class Made:
     """What a maker of the tests makes: memory with an address."""
 
@@ -433,11 +522,11 @@ def test_read_tensor_into_what_a_maker_makes(native: Any, data: st.DataObject) -
 
     result = read(_pure)
     assert read(native) == result
-    if told <= 0:
+    if told <= 0 or is_off:
         assert result is None
     elif told != extent:
         assert result is ValueError
-    elif is_off or dtype is None or gives in "on":
+    elif dtype is None or gives in "on":
         assert result is None
     else:
         assert result == (bytes(range(8, 8 + 4 * extent)) if gives == "m" else MemoryError)

@@ -101,8 +101,8 @@ def read(geometry: Geometry, itemsize: int) -> tuple[Any, int, int]:
         target = made
         for dim, start, length in piece.part:
             target = target[(slice(None),) * dim + (slice(start, start + length),)]
-        if piece.runs:
-            flat = np.concatenate([np.arange(start, start + piece.run_numel) for start in piece.runs])
+        if piece.run_numel:
+            flat = np.concatenate([np.arange(start, start + piece.run_numel) for start in piece.starts])
             target[...] = flat.reshape(piece.geometry.sizes)
             nbytes += len(flat) * itemsize
         else:
@@ -136,7 +136,7 @@ def test_pieces_of_large_slices(geometry: Geometry) -> None:
     assert nbytes <= hull(geometry) * ITEMSIZE
     assert nbytes >= runs
     for piece in pieces(geometry, ITEMSIZE):
-        assert piece.runs or hull(piece.geometry) * ITEMSIZE <= max(SLAB, runs + runs // 20 + 4096)
+        assert piece.run_numel or hull(piece.geometry) * ITEMSIZE <= max(SLAB, runs + runs // 20 + 4096)
 
 
 def test_long_runs_are_read_alone() -> None:

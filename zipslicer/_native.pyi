@@ -23,6 +23,20 @@ def read_records(
     threads: int,
     /,
 ) -> None: ...
+def read_tensors(hot: Hot, numbers: list[int], whole: bool, threads: int, /) -> list[Any]: ...
+def read_runs(
+    handle: Handle,
+    stamp: bytes,
+    block: Text,
+    entries: Buffer,
+    record: int,
+    start: int,
+    nbytes: int,
+    dims: list[int],
+    buffer: Buffer,
+    threads: int,
+    /,
+) -> None: ...
 def find_directory(tail: Text, tail_offset: int, base: int, /) -> tuple[int, int, int]: ...
 def parse_directory(block: Text, count: int, offset: int, base: int, /) -> tuple[Buffer, int]: ...
 def find_records(block: Text, entries: Buffer, prefix: bytes, names: bytes, ends: Sequence[int], /) -> list[int]: ...

@@ -95,9 +95,9 @@ class Archive:
         """One Entry field of a record."""
         return self._columns[record * ENTRY_FIELDS + field]
 
-    def column(self, field: int) -> list[int]:
+    def column(self, field: int) -> memoryview:
         """One Entry field of all records."""
-        return self._columns[field::ENTRY_FIELDS].tolist()
+        return self._columns[field::ENTRY_FIELDS]
 
     def name(self, record: int) -> str:
         """A record's whole name, as text for people."""
@@ -206,17 +206,26 @@ class Archive:
         try:
             self.backend.read_records(source.handle, source.stamp, self.block, self.entries, rows, buffers, threads)
         except ZipSlicerError as error:
-            record = self._record_at(error.offset, jobs[Job.RECORD :: JOB_FIELDS])
-            raise error.located(path=source.path, record=None if record is None else self.name(record)) from None
+            raise self.located(error, jobs[Job.RECORD :: JOB_FIELDS]) from None
 
-    def _record_at(self, offset: int | None, records: Iterable[int]) -> int | None:
-        """Which of the records that were asked for an error's file offset lies in."""
-        if offset is None:
-            return None
+    def read_runs(self, record: int, start: int, nbytes: int, dims: list[int], buffer: Buffer, threads: int) -> None:
+        """Runs of a stored record; see backend.Backend.read_runs."""
+        source = self.source
+        try:
+            self.backend.read_runs(
+                source.handle, source.stamp, self.block, self.entries, record, start, nbytes, dims, buffer, threads
+            )
+        except ZipSlicerError as error:
+            raise error.located(path=source.path, record=self.name(record)) from None
+
+    def located(self, error: ZipSlicerError, records: Iterable[int]) -> ZipSlicerError:
+        """An error with the path, and with that one of the records that were asked for which its offset lies in."""
+        offset, name = -1 if error.offset is None else error.offset, None
         for record in records:
             if self.field(record, Entry.HEADER_OFFSET) <= offset < self.field(record, Entry.LIMIT):
-                return record
-        return None
+                name = self.name(record)
+                break
+        return error.located(path=self.source.path, record=name)
 
     def close(self) -> None:
         self.source.close()

@@ -307,6 +307,38 @@ class Backend(Protocol):
         """
         ...
 
+    def read_tensors(self, hot: Hot, numbers: list[int], whole: bool, threads: int, /) -> list[Any]:
+        """Small tensors by the numbers of their rows, in one read: what read_tensor gives for each, by read_records.
+
+        `whole`: only of rows that are all of a storage in which no other of these rows lies; None for the others.
+
+        Raises: OSError, ArchiveError, ChangedError.
+        """
+        ...
+
+    def read_runs(
+        self,
+        handle: Handle,
+        stamp: bytes,
+        block: Text,
+        entries: Buffer,
+        record: int,
+        start: int,
+        nbytes: int,
+        dims: list[int],
+        buffer: Buffer,
+        threads: int,
+        /,
+    ) -> None:
+        """Many runs of `nbytes` bytes of one stored record, one after the other into `buffer`, which they fill.
+
+        The first begins at byte `start`; `dims` is (count, stride in bytes) of each dimension around a run, outermost
+        first: count 2, stride 9, count 3, stride 4 are runs at 0, 4, 8, 9, 13 and 17 from there on.
+
+        Reads and proves as read_records does. Raises: OSError, ArchiveError, ChangedError.
+        """
+        ...
+
     def find_directory(self, tail: Text, tail_offset: int, base: int, /) -> tuple[int, int, int]:
         """The last bytes of an archive that begins at `base` -> (offset, nbytes, count) of its central directory.
 

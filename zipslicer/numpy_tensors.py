@@ -15,7 +15,7 @@ from .arrays import CARRIERS, array_dtype, array_value
 from .backend import COMPLEX, DIFFERENTIABLE
 from .composites import Composite, Dense, Member
 from .errors import TableError, UnsupportedError
-from .plan import Geometry, hull, index, is_contiguous, may_overlap, numel, pieces
+from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning, dtype_index
 from .table import Leaf, Row, TensorTable
 from .tensors import ReadOptions, RowReader
@@ -49,8 +49,11 @@ class ArrayReader(RowReader):
     def tensor(self, number: int) -> Any:
         """A dense row as an array of its own, as options want it."""
         found = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain else None
+        return self._tensor_otherwise(number) if found is None else self._received(found)
+
+    def _received(self, found: Any) -> Any:
         if found is None:
-            return self._tensor_otherwise(number)
+            return None
         buffer, dtype, sizes, strides = found
         return self._array(buffer, self.dtypes[dtype] or self._dtype(dtype), 0, sizes, strides)
 
@@ -253,10 +256,8 @@ class ArrayReader(RowReader):
         made: Any = None
         for piece in pieces(geometry, itemsize):
             sizes, strides = piece.geometry.sizes, piece.geometry.strides
-            if piece.runs:
-                nbytes = piece.run_numel * itemsize
-                runs = self._read_runs(row, [start * itemsize for start in piece.runs], nbytes, unit)
-                part = self.np.ndarray(sizes, dtype, runs)
+            if piece.run_numel:
+                part = self.np.ndarray(sizes, dtype, self._read_runs(row, piece, unit))
             else:
                 start, extent = piece.geometry.storage_offset, hull(piece.geometry)
                 flat = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
@@ -273,11 +274,12 @@ class ArrayReader(RowReader):
             target[...] = part
         return made
 
-    def _read_runs(self, row: Row, starts: Sequence[int], nbytes: int, unit: int) -> Any:
+    def _read_runs(self, row: Row, piece: Piece, unit: int) -> Any:
         """Runs of a storage, one after the other."""
-        record = self.table.record(row.storage)
-        if self._archive.is_stored(record) and unit == 1:
-            return self._gather(record, starts, nbytes)
+        if self._archive.is_stored(self.table.record(row.storage)) and unit == 1:
+            return self._gather(row, piece)
+        nbytes = piece.run_numel * row.itemsize
+        starts = [start * row.itemsize for start in piece.starts]
         return self.np.concatenate(self._storages([(row.storage, start, nbytes, unit) for start in starts]))
 
     # ---------------------------------------------------------------- many tensors, sharing as the file does
@@ -286,6 +288,10 @@ class ArrayReader(RowReader):
         rows = {number: table.row(number) for number in dict.fromkeys(numbers)}
         for dtype in {row.dtype for row in rows.values()}:
             self._dtype(dtype)  # before a byte is read
+        made: dict[int, Any] = {}
+        if self._is_plain and not storages:
+            made = dict(zip(rows, self._read_small(list(rows), whole=True)))
+            rows = {number: row for number, row in rows.items() if made[number] is None}
         units, mixed = self._units(rows.values())
         wanted = list(dict.fromkeys([*(s for s in units if s not in mixed), *storages]))
         if self._cache is not None:
@@ -293,7 +299,6 @@ class ArrayReader(RowReader):
         else:
             extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
             whole = dict(zip(wanted, self._storages(extents)))
-        made = {}
         for number, row in rows.items():
             if row.storage in mixed:
                 made[number] = self._tensor_slowly(number)

@@ -9,12 +9,12 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "Sliced", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
+__all__ = ["Geometry", "Piece", "Sliced", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
 
 LONG_RUN = 512  # bytes; shorter runs are cheaper read with what lies between them than named one by one
 FAR_APART = 16384  # bytes between runs from which on skipping is cheaper than reading through, whatever the run
 SLAB = 8 << 20  # bytes; what is read through at once
-MAX_RUNS = 1 << 16  # of one read; bounds the list that names them
+MAX_RUNS = 1 << 16  # of one read; bounds the lists that name them
 
 
 class Geometry(NamedTuple):
@@ -37,14 +37,23 @@ class Piece(NamedTuple):
 
     part: which part of the result it fills: (dimension, start, length) cuts to narrow it by, one after the other.
     geometry: where that part lies in the storage.
-    runs: the storage_offset of each contiguous run of `run_numel` elements, in the result's own order; empty where the
-        hull of the geometry is to be read through.
+    run_numel: elements of each contiguous run, which are read one by one in the result's own order; 0 where the hull of
+        the geometry is to be read through.
+    outer: (size, stride) of the dimensions around a run, outermost first; the first run begins at the storage_offset.
     """
 
     part: tuple[tuple[int, int, int], ...]
     geometry: Geometry
-    runs: list[int]
     run_numel: int
+    outer: list[tuple[int, int]]
+
+    @property
+    def starts(self) -> list[int]:
+        """The storage_offset of each run."""
+        starts = [self.geometry.storage_offset]
+        for n, stride in self.outer:
+            starts = [start + i * stride for start in starts for i in range(n)]
+        return starts
 
 
 def numel(sizes: Sequence[int]) -> int:
@@ -162,7 +171,7 @@ def _pieces(part: tuple[tuple[int, int, int], ...], geometry: Geometry, itemsize
     asked = numel([n for n, stride in zip(geometry.sizes, geometry.strides) if stride]) * itemsize
     through = hull(geometry) * itemsize
     if through <= asked + asked // 20 + 4096:
-        yield Piece(part, geometry, [], 0)
+        yield Piece(part, geometry, 0, [])
         return
     run_numel, outer = _runs(geometry)
     run_nbytes = run_numel * itemsize
@@ -170,13 +179,10 @@ def _pieces(part: tuple[tuple[int, int, int], ...], geometry: Geometry, itemsize
     nearest = min((stride for n, stride in outer if n > 1 and stride), default=0) * itemsize
     if run_nbytes >= LONG_RUN or nearest - run_nbytes >= FAR_APART:
         if count <= MAX_RUNS:
-            starts = [geometry.storage_offset]
-            for n, stride in outer:
-                starts = [start + i * stride for start in starts for i in range(n)]
-            yield Piece(part, geometry, starts, run_numel)
+            yield Piece(part, geometry, run_numel, outer)
             return
     elif through <= SLAB:
-        yield Piece(part, geometry, [], 0)
+        yield Piece(part, geometry, 0, [])
         return
     # Too much at once: cut the dimension that spans most, which leaves the cuts in file order.
     dim = max(range(len(geometry.sizes)), key=lambda d: (geometry.sizes[d] > 1, geometry.strides[d]))

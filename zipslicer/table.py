@@ -241,12 +241,17 @@ class TensorTable:
         records = self.archive.find_in(f"{self.folder}/", keys, ends)
         if not self.swapped:
             # Those that need no second look: stored, and of just the size that the program says.
-            field, wants = self.archive.field, self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS]
+            wants = self.program.storages[StorageField.NBYTES :: STORAGE_FIELDS]
+            has, methods = self.archive.column(Entry.NBYTES), self.archive.column(Entry.METHOD)
             for storage, record in zip(storages, records):
-                is_whole = record >= 0 and field(record, Entry.NBYTES) == wants[storage]
-                if is_whole and field(record, Entry.METHOD) == STORED:
+                if record >= 0 and has[record] == wants[storage] and methods[record] == STORED:
                     self.direct[storage] = record  # in place: a reader holds it
         return records
+
+    def find_records(self) -> None:
+        """Find those of all storages, which fills `direct`."""
+        while self._records is None and self.program.storage_count:
+            self.record_number(0)
 
     def record(self, storage: int) -> int:
         """The record of a storage, found and measured.

@@ -11,22 +11,21 @@ import dataclasses
 import functools
 import math
 import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
 from .backend import FIRST_NODE_KIND, JOB_FIELDS, Hot, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
-from .errors import TableError
-from .plan import Geometry, hull, index, is_contiguous, numel, pieces
+from .errors import TableError, ZipSlicerError
+from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "RowReader", "TensorReader", "cpu_quota", "default_threads", "portions"]
 
-THREADED = 4 << 20  # bytes; a read of this much is worth more than one thread
+SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 PORTION_NBYTES = 128 << 20  # after which a read that can be stopped looks whether it is to stop
 LOCAL_THREADS = 8  # a warm copy is limited by memory bandwidth, which a few threads use up
 
@@ -130,6 +129,7 @@ class RowReader(abc.ABC):
         self._threads = options.threads
         self._archive = table.archive
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
+        self._hot: Hot
         # read_tensor, and what it is to be called with; None where not each tensor can be read so.
         self.fast: tuple[Callable[[Hot, int], Any], Hot] | None = None
 
@@ -184,6 +184,10 @@ class RowReader(abc.ABC):
     def _tensor_slowly(self, number: int) -> Any: ...
 
     @abc.abstractmethod
+    def _received(self, found: Any) -> Any:
+        """What the backend's read_tensor returns, as a tensor; None stays None."""
+
+    @abc.abstractmethod
     def _made(self, buffer: Any, row: Row) -> Any:
         """A tensor on a buffer that holds its extent alone. REQUIRES: _is_as_it_is."""
 
@@ -204,7 +208,7 @@ class RowReader(abc.ABC):
             program.tensors,
             program.dims,
             self.table.direct,
-            THREADED,
+            SMALL_TO,
             maker,
             is_off,
         )
@@ -215,7 +219,7 @@ class RowReader(abc.ABC):
         storage = row.storage
         found_now = self._is_plain and table.direct[storage] < 0 and row.extent > 0
         if found_now and table.record(storage) == table.direct[storage] and not row.flags:
-            return self.tensor(number) if row.extent * row.itemsize < THREADED else self._tensor_slowly(number)
+            return self.tensor(number) if row.extent * row.itemsize < SMALL_TO else self._tensor_slowly(number)
         return self._tensor_slowly(number)
 
     def _argument(self, position: int) -> Any:
@@ -244,9 +248,31 @@ class RowReader(abc.ABC):
 
         Not under inference_mode. `pause` is called between portions, and may raise. REQUIRES: is_plain_row of all.
         """
-        rows = [self.table.row(leaf.number) for leaf in leaves]
+        numbers = [leaf.number for leaf in leaves]
+        made = self._read_small(numbers, whole=False)
+        pause()
+        left = [i for i, each in enumerate(made) if each is None]
+        rows = [self.table.row(numbers[i]) for i in left]
         wanted = ((row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize) for row in rows)
-        return [self._made(buffer, row) for buffer, row in zip(self._buffers(wanted, pause), rows)]
+        for i, buffer, row in zip(left, self._buffers(wanted, pause), rows):
+            made[i] = self._made(buffer, row)
+        return made
+
+    def _read_small(self, numbers: list[int], *, whole: bool) -> list[Any]:
+        """Small tensors by the numbers of their rows, made and read in one call; None for each that is no such one.
+
+        `whole`: only those that have a storage to themselves. REQUIRES: _is_plain.
+        """
+        archive = self._archive
+        self.table.find_records()
+        try:
+            return [
+                self._received(each) for each in archive.backend.read_tensors(self._hot, numbers, whole, self.threads)
+            ]
+        except ZipSlicerError as error:
+            direct = self.table.direct
+            records = (direct[self.table.row(number).storage] for number in numbers)
+            raise archive.located(error, (record for record in records if record >= 0)) from None
 
     def _buffers(self, wanted: Iterable[tuple[int, int, int]], pause: Pause | None = None) -> list[Any]:
         """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
@@ -274,13 +300,18 @@ class RowReader(abc.ABC):
                 pause()
         return buffers
 
-    def _gather(self, record: int, starts: Sequence[int], nbytes: int) -> Any:
-        """Stretches of a stored record, one after the other, in a new buffer."""
-        buffer = self._archive.backend.allocate(nbytes * len(starts))
-        jobs = array("q")
-        for i, start in enumerate(starts):
-            jobs.extend((record, start, nbytes, 0, i * nbytes))
-        self._archive.read_into(jobs, [buffer], self.threads)
+    def _gather(self, row: Row, piece: Piece) -> Any:
+        """The runs of a piece, one after the other, in a new buffer. REQUIRES: a stored record."""
+        itemsize = row.itemsize
+        buffer = self._archive.backend.allocate(numel(piece.geometry.sizes) * itemsize)
+        self._archive.read_runs(
+            self.table.record(row.storage),
+            piece.geometry.storage_offset * itemsize,
+            piece.run_numel * itemsize,
+            [number for n, stride in piece.outer for number in (n, stride * itemsize)],
+            buffer,
+            self.threads,
+        )
         return buffer
 
     def _whole_unit(self, storage: int) -> int:
@@ -415,6 +446,9 @@ class TensorReader(RowReader):
             bits = {name: True for name, on in (("conj", row.conj), ("neg", row.neg)) if on}
             self.torch._C._set_tensor_metadata(made, bits)
         return made.requires_grad_() if row.requires_grad else made
+
+    def _received(self, found: Any) -> Any:
+        return found
 
     def _made(self, buffer: Any, row: Row) -> Any:
         _, sizes, strides = self.table.geometry(row)
@@ -579,8 +613,8 @@ class TensorReader(RowReader):
         made: Any = None
         for piece in pieces(geometry, itemsize):
             sizes, strides = piece.geometry.sizes, piece.geometry.strides
-            if piece.runs:
-                part = viewed(self._read_runs(row, piece.runs, piece.run_numel, unit), sizes, _row_major(sizes))
+            if piece.run_numel:
+                part = viewed(self._read_runs(row, piece, unit), sizes, _row_major(sizes))
             else:
                 start, extent = piece.geometry.storage_offset, hull(piece.geometry)
                 part = viewed(self._storage(row.storage, start * itemsize, extent * itemsize, unit), sizes, strides)
@@ -597,19 +631,18 @@ class TensorReader(RowReader):
             target.copy_(part)
         return made
 
-    def _read_runs(self, row: Row, runs: Sequence[int], run_numel: int, unit: int) -> Any:
+    def _read_runs(self, row: Row, piece: Piece, unit: int) -> Any:
         """Runs of a storage, one after the other, as an UntypedStorage."""
-        table, itemsize = self.table, row.itemsize
-        nbytes = run_numel * itemsize
-        if not self._archive.is_stored(table.record(row.storage)) or unit > 1:
-            parts = self._storages([(row.storage, start * itemsize, nbytes, unit) for start in runs])
-            joined = self.torch.empty(len(runs) * nbytes, dtype=self.torch.uint8, device="cpu")
-            for i, part in enumerate(parts):
-                view = self.torch.empty(0, dtype=self.torch.uint8, device="cpu").set_(part, 0, (nbytes,), (1,))
-                joined[i * nbytes : (i + 1) * nbytes] = view
-            return joined.untyped_storage()
-        buffer = self._gather(table.record(row.storage), [start * itemsize for start in runs], nbytes)
-        return self.torch.frombuffer(buffer, dtype=self.torch.uint8).untyped_storage()
+        torch, nbytes = self.torch, piece.run_numel * row.itemsize
+        if self._archive.is_stored(self.table.record(row.storage)) and unit == 1:
+            return torch.frombuffer(self._gather(row, piece), dtype=torch.uint8).untyped_storage()
+        starts = piece.starts
+        parts = self._storages([(row.storage, start * row.itemsize, nbytes, unit) for start in starts])
+        joined = torch.empty(len(starts) * nbytes, dtype=torch.uint8, device="cpu")
+        for i, part in enumerate(parts):
+            view = torch.empty(0, dtype=torch.uint8, device="cpu").set_(part, 0, (nbytes,), (1,))
+            joined[i * nbytes : (i + 1) * nbytes] = view
+        return joined.untyped_storage()
 
     # ---------------------------------------------------------------- many tensors, sharing as the file does
     def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -634,6 +667,10 @@ class TensorReader(RowReader):
         torch, table = self.torch, self.table
         program, frombuffer, empty = table.program, torch.frombuffer, torch.empty
         tensors, all_dims, unpack = program.tensors, program.dims, ROW.unpack_from
+        numbers, made = list(numbers), {}
+        if not storages:
+            made = dict(zip(numbers, self._read_small(numbers, whole=True)))
+            numbers = [number for number, each in made.items() if each is None]
         rows = [(number, unpack(tensors, number * ROW_NBYTES)) for number in numbers]
         uses = collections.Counter(row[0] for _, row in rows)
         uses.update(storages)
@@ -654,7 +691,6 @@ class TensorReader(RowReader):
 
         for storage in storages:
             base(storage)
-        made = {}
         for number, row in rows:
             storage, dtype, itemsize, offset, dims, ndim, flags, _, extent = row
             middle = dims + ndim

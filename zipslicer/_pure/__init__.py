@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .directory import find_directory, find_records, parse_directory, parse_local_header
-from .extent import allocate, read_bytes, read_record, read_records, read_tensor
+from .extent import allocate, read_bytes, read_record, read_records, read_runs, read_tensor, read_tensors
 from .machine import scan_pickle
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "read_bytes",
     "read_record",
     "read_records",
+    "read_runs",
     "read_tensor",
+    "read_tensors",
     "scan_pickle",
 ]
 

@@ -6,6 +6,7 @@ near and done in file order. Threads help even here: os.preadv drops the GIL, an
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import mmap
@@ -24,6 +25,9 @@ LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte
 CHUNK = 8 << 20  # one read of a large extent; a multiple of HUGE_PAGE, so that two threads never fault one page
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
+# Of many small reads so many are done together: what is made for them is gone before the garbage collector, whose rounds
+# cost more than the reading, looks at it.
+BATCH = 512
 MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 TENSOR_KIND = 11  # backend.Kind.TENSOR
@@ -119,9 +123,12 @@ def _calls(pieces: list[Piece]) -> list[tuple[int, list[memoryview]]]:
 
 
 def _read(handle: Any, pieces: list[Piece], threads: int) -> None:
+    _do(handle, _calls(pieces), sum(len(piece.view) for piece in pieces), threads)
+
+
+def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, threads: int) -> None:
     preadv = _preadv(handle)
-    calls = _calls(pieces)
-    if threads < 2 or len(calls) < 2 or not isinstance(handle, int) or sum(len(p.view) for p in pieces) < THREADS_FROM:
+    if threads < 2 or len(calls) < 2 or not isinstance(handle, int) or nbytes < THREADS_FROM:
         for offset, buffers in calls:
             _fill(preadv, buffers, offset)
         return
@@ -186,30 +193,70 @@ def read_tensor(hot: Any, value: int) -> Any:
     if number < 0:
         return None
     row = TENSOR.unpack_from(hot.tensors, number * TENSOR.size)
-    storage, dtype, itemsize, offset, start, ndim, flags, _, extent = row
-    record, nbytes = hot.direct[storage], extent * itemsize
-    if record < 0 or flags or not 0 < nbytes < hot.limit:
+    job = _job(hot, row)
+    if job is None or (hot.maker is not None and hot.is_off()):
         return None
-    handle, stamp, block, entries = hot.source.handle, hot.source.stamp, hot.block, hot.entries
+    record, start, nbytes = job
+    made, buffer = _made(hot, row, nbytes)
+    if made is not None:
+        view = memoryview(buffer)
+        _read_record(hot.source.handle, hot.source.stamp, hot.block, hot.entries, record, start, view)
+    return made
+
+
+def read_tensors(hot: Any, numbers: Sequence[int], whole: bool, threads: int) -> list[Any]:
+    """See backend.Backend.read_tensors."""
+    if hot.maker is not None and hot.is_off():
+        return [None] * len(numbers)
+    size = TENSOR.size
+    uses = collections.Counter(TENSOR.unpack_from(hot.tensors, number * size)[0] for number in numbers) if whole else {}
+    entries = memoryview(hot.entries).cast("q")
+    source = hot.source
+    found: list[Any] = []
+    for first in range(0, len(numbers), BATCH):
+        jobs = array("q")
+        buffers: list[Any] = []
+        for number in numbers[first : first + BATCH]:
+            row = TENSOR.unpack_from(hot.tensors, number * size)
+            made, job = None, _job(hot, row)
+            if job is not None:
+                record, start, nbytes = job
+                if not whole or (uses[row[0]] == 1 and not start and nbytes == entries[record * ENTRY_FIELDS + 3]):
+                    made, buffer = _made(hot, row, nbytes)
+                    if made is not None:
+                        jobs.extend((record, start, nbytes, len(buffers), 0))
+                        buffers.append(buffer)
+            found.append(made)
+        read_records(source.handle, source.stamp, hot.block, hot.entries, jobs.tobytes(), buffers, threads)
+    return found
+
+
+def _job(hot: Any, row: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Record, start and nbytes of a row that read_tensor is for."""
+    storage, _, itemsize, offset, _, _, flags, _, extent = row
+    record, nbytes = hot.direct[storage], extent * itemsize
+    return None if record < 0 or flags or not 0 < nbytes < hot.limit else (record, offset * itemsize, nbytes)
+
+
+def _made(hot: Any, row: tuple[int, ...], nbytes: int) -> tuple[Any, Any]:
+    """What read_tensor returns for a row, and its memory, which is to be filled; None where the maker makes nothing."""
+    _, dtype, _, _, start, ndim, _, _, extent = row
     shape = hot.dims[start : start + 2 * ndim].tolist()
     sizes, strides, maker = tuple(shape[:ndim]), tuple(shape[ndim:]), hot.maker
     if maker is None:
-        return read_record(handle, stamp, block, entries, record, offset * itemsize, nbytes), dtype, sizes, strides
+        buffer = allocate(nbytes)
+        return (buffer, dtype, sizes, strides), buffer
     if extent != 1 + sum(
         (n - 1) * stride for n, stride in zip(sizes, strides)
     ):  # of so many elements the memory will be
         raise ValueError("the extent of a row is not that of its sizes and strides")
     wanted = maker.dtypes[dtype]
-    if hot.is_off() or wanted is None:
-        return None
-    made = maker.make(sizes, strides, dtype=wanted, device=maker.device)
+    made = None if wanted is None else maker.make(sizes, strides, dtype=wanted, device=maker.device)
     if type(made) is not maker.type or not (address := maker.address(made)):
-        return None
+        return None, None
     import ctypes
 
-    view = memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
-    _read_record(handle, stamp, block, entries, record, offset * itemsize, view)
-    return made
+    return made, memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
 def _read_unproved(preadv: Preadv, block: bytes, entries: Any, record: int, start: int, view: memoryview) -> None:
@@ -258,15 +305,35 @@ def read_records(
     handle: Any, stamp: bytes, block: bytes, entries: Any, jobs: bytes, buffers: Sequence[Any], threads: int
 ) -> None:
     """See backend.Backend.read_records."""
+    rows = memoryview(entries).cast("q")
+    wanted = memoryview(jobs).cast("q").tolist()
+    columns = [wanted[i::5] for i in range(5)]
+    payloads = [rows[record * ENTRY_FIELDS + 1] for record in columns[0]]
+    # All in file order.
+    offsets = [(at if at >= 0 else ~at) + start for at, start in zip(payloads, columns[1])]
+    order = sorted(range(len(offsets)), key=offsets.__getitem__)
+    try:
+        for first in range(0, len(order), BATCH):
+            batch = [tuple(column[i] for column in columns) for i in order[first : first + BATCH]]
+            _read_batch(handle, block, entries, batch, buffers, threads)
+    except ArchiveError:
+        _check_stamp(handle, stamp)
+        raise
+    _check_stamp(handle, stamp)
+
+
+def _read_batch(
+    handle: Any, block: bytes, entries: Any, batch: list[tuple[int, ...]], buffers: Sequence[Any], threads: int
+) -> None:
     preadv = _preadv(handle)
     rows = memoryview(entries).cast("q")
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    wanted = memoryview(jobs).cast("q").tolist()
     pieces: list[Piece] = []
     heads: dict[int, tuple[int, bytearray]] = {}  # of records not yet proved: (guess, header bytes)
     waiting: list[tuple[int, int, memoryview]] = []  # jobs of each such record, should the guess be wrong
-    for record, start, nbytes, buffer, place in zip(*(wanted[i::5] for i in range(5))):
-        view = views[buffer][place : place + nbytes]
+    for record, start, nbytes, buffer, place in batch:
+        view = memoryview(buffers[buffer]).cast("B")
+        if place or nbytes != len(view):
+            view = view[place : place + nbytes]
         payload = rows[record * ENTRY_FIELDS + 1]
         if payload < 0:
             payload = ~payload
@@ -277,16 +344,9 @@ def read_records(
                 pieces.append(Piece(header, memoryview(head)))
             waiting.append((record, start, view))
         pieces += _pieces(payload + start, view)
-    try:
-        _read(handle, pieces, threads)
-        for record in sorted(
-            heads, key=lambda record: rows[record * ENTRY_FIELDS]
-        ):  # of two bad ones the first is told
-            _, head = heads[record]
-            _prove(preadv, bytes(head), block, entries, record)
-    except ArchiveError:
-        _check_stamp(handle, stamp)
-        raise
+    _read(handle, pieces, threads)
+    for record in sorted(heads, key=lambda record: rows[record * ENTRY_FIELDS]):  # of two bad ones the first is told
+        _prove(preadv, bytes(heads[record][1]), block, entries, record)
     again: list[Piece] = []
     for record, start, view in waiting:
         payload = rows[record * ENTRY_FIELDS + 1]
@@ -294,4 +354,47 @@ def read_records(
             again += _pieces(payload + start, view)
     if again:
         _read(handle, again, threads)
+
+
+def read_runs(
+    handle: Any,
+    stamp: bytes,
+    block: bytes,
+    entries: Any,
+    record: int,
+    start: int,
+    nbytes: int,
+    dims: Sequence[int],
+    buffer: Any,
+    threads: int,
+) -> None:
+    """See backend.Backend.read_runs."""
+    view = memoryview(buffer).cast("B")
+    starts = [start]
+    for count, stride in zip(dims[::2], dims[1::2]):
+        starts = [first + i * stride for first in starts for i in range(count)]
+    if len(starts) * nbytes != len(view):
+        raise ValueError(f"a buffer of {len(view)} bytes is not for {len(starts)} runs of {nbytes}")
+    rows = memoryview(entries).cast("q")
+    if rows[record * ENTRY_FIELDS + 1] < 0:
+        _read_record(handle, stamp, block, entries, record, 0, memoryview(bytearray()))
+    payload = rows[record * ENTRY_FIELDS + 1]
+    calls: list[tuple[int, list[memoryview]]] = []
+    scratch = memoryview(bytearray(NEAR))
+    buffers: list[memoryview] = []  # of the last call
+    end, room = -NEAR - 1, 0
+    for place, first in enumerate(starts):  # thousands of them: no object for each, as _calls has it
+        part = view[place * nbytes : (place + 1) * nbytes]
+        gap = first - end
+        if 0 <= gap <= NEAR and room > 1:
+            if gap:
+                buffers.append(scratch[:gap])
+            buffers.append(part)
+            room -= 2
+        else:
+            buffers, room = [part], min(MAX_BUFFERS - 1, CHUNK // nbytes)
+            calls.append((payload + first, buffers))
+        end = first + nbytes
+    calls.sort(key=lambda call: call[0])
+    _do(handle, calls, len(view), threads)
     _check_stamp(handle, stamp)
