@@ -295,3 +295,93 @@ def test_progress(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
         with pytest.raises(ImportError, match="pip install tqdm"):
             sd.stream(progress=True)
+
+
+# --- items() and values() ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    torch.save({f"t{i}": torch.full((i,), float(i)) for i in range(40)} | {"step": 3, "inner": {"x": torch.ones(1)}}, tmp_path / "many.pth")
+    return tmp_path / "many.pth"
+
+
+def test_items_are_read_ahead_in_the_order_of_keys(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead: list[str] = []
+
+    def watched(wanted: list[streams.Wanted], **options: Any) -> Any:
+        ahead.extend(each.key for each in wanted)
+        return streams.stream(wanted, **options)
+
+    monkeypatch.setattr("zipslicer.state_dict.stream", watched)
+    with zipslicer.load(many) as sd:
+        sd["own"] = own = torch.zeros(2)
+        seen = list(sd.items())
+        assert ahead == [f"t{i}" for i in range(1, 40)]
+        assert [key for key, _ in seen] == list(sd)
+        for key, value in seen[:40]:
+            assert value.equal(torch.full((int(key[1:]),), float(key[1:])))
+        assert seen[40:42] == [("step", 3), ("inner", sd["inner"])]
+        assert seen[42][1] is own
+        assert [float(value.sum()) for value in sd.values() if hasattr(value, "sum")][:4] == [0, 1, 4, 9]
+        assert len(sd.items()) == len(sd.values()) == 43
+        assert ("step", 3) in sd.items()
+    assert not readers()
+
+
+def test_the_first_item_alone_is_touched_alone(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipslicer.state_dict.stream", lambda *_, **__: pytest.fail("nobody wants the second"))
+    with zipslicer.load(many) as sd:
+        assert next(iter(sd.items()))[0] == "t0"
+
+
+def test_a_few_small_items_need_no_thread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipslicer.state_dict.stream", lambda *_, **__: pytest.fail("not worth it"))
+    with zipslicer.load(path) as sd:
+        assert list(dict(sd.items())) == list(sd)
+
+
+def test_what_is_assigned_during_iteration_is_what_comes(many: Path) -> None:
+    with zipslicer.load(many) as sd:
+        for key, value in sd.items():
+            if hasattr(value, "half"):
+                sd[key] = value.half()  # as of any dict, this key and later ones
+                sd["t39"] = sd["t20"]
+            last = value
+        assert all(sd[f"t{i}"].dtype == torch.float16 for i in range(39))
+        assert len(sd["inner"]) == len(last) == 1
+        seen = dict(sd.items())
+        assert seen["t39"].equal(sd["t20"])
+
+
+def test_keys_that_come_or_go_during_iteration_are_refused(many: Path) -> None:
+    with zipslicer.load(many) as sd:
+        with pytest.raises(RuntimeError, match="during iteration"):
+            for key in sd.items():
+                del sd["t5" if key[0] == "t0" else "t6"]
+        assert not readers()
+
+
+def test_an_item_that_cannot_be_read_is_told_at_its_turn(many: Path) -> None:
+    content = bytearray(many.read_bytes())
+    at = content.index(b"many/data/30", content.index(b"many/data/3") + 5)
+    content[at : at + 4] = b"MANY"  # the name in a local header
+    many.write_bytes(content)
+    with zipslicer.load(many) as sd:
+        seen = []
+        with pytest.raises(ZipSlicerError) as caught:
+            for key, _ in sd.items():
+                seen.append(key)
+        assert caught.value.key == "t30"
+        assert seen == [f"t{i}" for i in range(30)]
+
+
+def test_materialize_shows_progress(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    with zipslicer.load(many) as sd:
+        assert sd.materialize(progress=True)["t7"].equal(torch.full((7,), 7.0))
+        assert "100%" in capsys.readouterr().err
+        sd.select("t1*").materialize(progress=True)
+        assert "100%" in capsys.readouterr().err
+        sd.materialize()
+        assert not capsys.readouterr().err

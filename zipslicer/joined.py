@@ -107,13 +107,15 @@ class JoinedView(View):
     def name_room(self) -> int:
         return sum(view.name_room() for view in self.views)
 
-    def materialized(self, positions: list[int], container: LazyStateDict | None = None) -> Callable[[int], Any]:
+    def materialized(
+        self, positions: list[int], container: LazyStateDict | None = None, bar: Any = None
+    ) -> Callable[[int], Any]:
         """Part after part: each is one read in parallel, and shares memory as it does alone."""
         del container
         wanted: dict[int, list[int]] = {}
         for position in positions:
             wanted.setdefault(position % len(self.views), []).append(position // len(self.views))
-        built = {part: self.views[part].materialized(places) for part, places in wanted.items()}
+        built = {part: self.views[part].materialized(places, bar=bar) for part, places in wanted.items()}
         return lambda position: built[position % len(self.views)](position // len(self.views))
 
     # ---------------------------------------------------------------- what a Checkpoint asks

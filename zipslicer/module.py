@@ -19,7 +19,7 @@ from .backend import JOB_FIELDS, Job
 from .errors import ZipSlicerError
 from .plan import Geometry, hull, is_contiguous
 from .state_dict import LazyStateDict, materialize
-from .stream import BUDGET_NBYTES, Wanted, nbytes_of, stream, tqdm_class
+from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
 from .tensors import portions
 
@@ -373,10 +373,7 @@ class _Loading:
     # ---------------------------------------------------------------- reading
     def _run(self, tasks: Sequence[Task]) -> None:
         """Fill every target."""
-        tqdm = tqdm_class() if self.progress else None
-        total = sum(task.info.nbytes for task in tasks)
-        bar = None if tqdm is None else tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024)
-        try:
+        with bar_of(self.progress, sum(task.info.nbytes for task in tasks)) as bar:
             new = [task for task in tasks if task.put is not None]
             old = [task for task in tasks if task.put is None]
             straight = {id(task): memory for task in old if (memory := self._memory(task)) is not None}
@@ -387,9 +384,6 @@ class _Loading:
                 if id(task) not in straight:
                     self._copy(task)
                     _advance(bar, task.info.nbytes)
-        finally:
-            if bar is not None:
-                bar.close()
 
     def _memory(self, task: Task) -> tuple[list[int], memoryview] | None:
         """For a target that the file's bytes can be read into as they are: record, start and nbytes; and its memory."""

@@ -187,10 +187,10 @@ class ArrayReader(RowReader):
         """Bytes [start, start + nbytes) of a storage, in this host's byte order."""
         return self._storages([(storage, start, nbytes, unit)])[0]
 
-    def _storages(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[Any]:
+    def _storages(self, wanted: Sequence[tuple[int, int, int, int]], bar: Any = None) -> list[Any]:
         """Many at once, in file order, on threads; each (storage, start, nbytes, unit of its elements)."""
         np, made = self.np, []
-        for buffer, (_, _, nbytes, unit) in zip(self._buffers([extent[:3] for extent in wanted]), wanted):
+        for buffer, (_, _, nbytes, unit) in zip(self._buffers([extent[:3] for extent in wanted], bar=bar), wanted):
             flat = np.empty(0, np.uint8) if buffer is None else np.ndarray((nbytes,), np.uint8, buffer)
             if unit > 1:
                 flat[: nbytes - nbytes % unit].view(f"u{unit}").byteswap(inplace=True)
@@ -283,7 +283,9 @@ class ArrayReader(RowReader):
         return self.np.concatenate(self._storages([(row.storage, start, nbytes, unit) for start in starts]))
 
     # ---------------------------------------------------------------- many tensors, sharing as the file does
-    def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
+    def shared(
+        self, numbers: Sequence[int], storages: Sequence[int] = (), bar: Any = None
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
         table = self.table
         rows = {number: table.row(number) for number in dict.fromkeys(numbers)}
         for dtype in {row.dtype for row in rows.values()}:
@@ -298,7 +300,7 @@ class ArrayReader(RowReader):
             whole = {storage: self._cached_storage(storage) for storage in wanted}
         else:
             extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
-            whole = dict(zip(wanted, self._storages(extents)))
+            whole = dict(zip(wanted, self._storages(extents, bar)))
         for number, row in rows.items():
             if row.storage in mixed:
                 made[number] = self._tensor_slowly(number)

@@ -363,7 +363,9 @@ class ShardedView(View):
     def name_room(self) -> int:
         return sum(shard.view.name_room() for shard in self._all())
 
-    def materialized(self, positions: list[int], container: LazyStateDict | None = None) -> Callable[[int], Any]:
+    def materialized(
+        self, positions: list[int], container: LazyStateDict | None = None, bar: Any = None
+    ) -> Callable[[int], Any]:
         """File after file: each is one read in parallel, in its own order, and shares memory as it does alone."""
         del container
         wanted: dict[str, dict[int, int]] = {}
@@ -373,7 +375,7 @@ class ShardedView(View):
         for file in sorted(wanted):
             view, places = self._shards[file].view, wanted[file]
             try:
-                build = view.materialized(list(places.values()))
+                build = view.materialized(list(places.values()), bar=bar)
                 made.update((position, build(place)) for position, place in places.items())
             except ZipSlicerError as error:
                 record = error.record

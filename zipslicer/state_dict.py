@@ -7,12 +7,14 @@ All containers of one open file share a View, which touches values and holds eac
 from __future__ import annotations
 
 import collections
+import collections.abc
 import copy
 import difflib
 import fnmatch
 import html
 import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, cast, overload
@@ -23,7 +25,7 @@ from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
 from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
-from .stream import BUDGET_NBYTES, WHOLE, Wanted, nbytes_of, stream
+from .stream import BUDGET_NBYTES, WHOLE, Wanted, bar_of, nbytes_of, stream
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
 WIDTH = 100  # characters of one key or value in it
 GLOB = frozenset("*?[")
+AHEAD_COUNT, AHEAD_NBYTES = 16, 1 << 20  # tensors, or bytes, from which on a thread that reads ahead is worth its start
 LOOKED_AT, LOOKED_LIKE = (
     20_000,
     200,
@@ -254,10 +257,12 @@ class View:
         held = list(self.held.items())
         return {node: value for node, value in held if isinstance(value, LazyStateDict) and value._is_edited}
 
-    def materialized(self, positions: list[int], container: LazyStateDict | None = None) -> Callable[[int], Any]:
+    def materialized(
+        self, positions: list[int], container: LazyStateDict | None = None, bar: Any = None
+    ) -> Callable[[int], Any]:
         """What builds plain values out of one read: edits are in them, and sharing is as in the file.
 
-        `container`: the one that is asked, which stands for its node.
+        `container`: the one that is asked, which stands for its node. `bar`: of bytes, to be moved on.
         """
         changed, edited = self.changed(), self.edited()
         if container is not None and container._is_edited and container._position is not None:
@@ -265,7 +270,7 @@ class View:
         edited = {node: edited[node] for node in self._reached(positions, edited)}
         instead: dict[int, list[int]] = {node: [] for node in changed}
         instead.update((node, mapping._filed()) for node, mapping in edited.items())
-        builder = self.reader.builder(positions, instead)
+        builder = self.reader.builder(positions, instead, bar)
         copies: dict[int, Any] = {}
         for node, value in changed.items():
             builder.adopt(node, copy.deepcopy(value, copies))
@@ -513,6 +518,52 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """The keys, in file order; reads nothing."""
         return self._slots.keys()
 
+    def items(self) -> Any:
+        """A view of (key, value). Iteration is in the order of keys, and tensors are read ahead of it as `stream` does."""
+        return _Items(self)
+
+    def values(self) -> Any:
+        """A view of the values, which are read ahead as those of `items` are."""
+        return _Values(self)
+
+    def _ahead(self) -> Iterator[tuple[Any, Any]]:
+        """(key, value) of each. The first is touched alone: many want no more than that one.
+
+        Raises: RuntimeError where a key has come or gone meanwhile, as of a dict.
+        """
+        order = list(self._slots.items())
+        ahead: Iterator[tuple[Any, Any]] = iter(())
+        in_it: set[Any] = set()
+        try:
+            for i, (key, position) in enumerate(order):
+                if len(self._slots) != len(order):
+                    raise RuntimeError("keys were added or deleted during iteration")
+                if i == 1:
+                    wanted = self._wanted_ahead(order[1:])
+                    in_it = {each.key for each in wanted}
+                    ahead = stream(wanted, budget_nbytes=BUDGET_NBYTES) if wanted else ahead
+                # No name here for a value: it would live on for as long as the next one is waited for.
+                yield key, self._next(ahead, key, position) if key in in_it else self[key]
+        finally:
+            if isinstance(ahead, Generator):
+                ahead.close()
+
+    def _next(self, ahead: Iterator[tuple[Any, Any]], key: Any, position: int) -> Any:
+        value = next(ahead)[1]
+        return value if self._slots.get(key) == position else self[key]  # assigned to since it was read
+
+    def _wanted_ahead(self, order: Sequence[tuple[Any, int]]) -> list[Wanted]:
+        """The tensors among some values; none where a thread would cost more than it saves."""
+        wanted = []
+        try:
+            for key, position in order:
+                if position >= 0 and self._view.is_tensor(position) and (made := self._wanted(key, WHOLE)) is not None:
+                    wanted.append(made)
+        except (ZipSlicerError, OSError):
+            pass  # raised where its turn comes, as are all after it touched
+        is_worth_it = len(wanted) >= AHEAD_COUNT or sum(each.nbytes for each in wanted) >= AHEAD_NBYTES
+        return wanted if is_worth_it else []
+
     def get(self, key: Any, default: Any = None) -> Any:
         return self[key] if key in self._slots else default
 
@@ -748,21 +799,23 @@ class LazyStateDict(MutableMapping[Any, Any]):
         except ZipSlicerError as error:
             raise error.located(path=self.path, key=key) from None
 
-    def materialize(self) -> dict[Any, Any]:
+    def materialize(self, *, progress: bool = False) -> dict[Any, Any]:
         """The plain dict that torch.load would return, all tensors read in parallel; sharing memory as in the file.
 
-        An OrderedDict where the file has one, with its `_metadata`. Edits and nested edits are in it.
+        An OrderedDict where the file has one, with its `_metadata`. Edits and nested edits are in it. `progress` shows a
+        bar of bytes (needs tqdm); of shards it knows those of the files that it has come to.
         """
-        if self._position is not None:
-            return cast("dict[Any, Any]", self._built([self._position])[0])
-        made = self._empty()
-        self._fill(made, dict(zip(filed := self._filed(), self._built(filed))).__getitem__)
-        return made
+        with bar_of(progress) as bar:
+            if self._position is not None:
+                return cast("dict[Any, Any]", self._built([self._position], bar)[0])
+            made = self._empty()
+            self._fill(made, dict(zip(filed := self._filed(), self._built(filed, bar))).__getitem__)
+            return made
 
-    def _built(self, positions: list[int]) -> list[Any]:
+    def _built(self, positions: list[int], bar: Any = None) -> list[Any]:
         """Plain values, out of one read."""
         try:
-            build = self._view.materialized(positions, self)
+            build = self._view.materialized(positions, self, bar)
             return [build(position) for position in positions]
         except ZipSlicerError as error:
             raise error.located(path=self.path, key=self._key_of_record(error)) from None
@@ -971,6 +1024,20 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return f"<p>{html.escape(_printable(self._title()))}</p><table><tr>{head}</tr>{body}</table>{more}"
 
 
+class _Items(collections.abc.ItemsView[Any, Any]):
+    _mapping: LazyStateDict
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return self._mapping._ahead()
+
+
+class _Values(collections.abc.ValuesView[Any]):
+    _mapping: LazyStateDict
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(operator.itemgetter(1), self._mapping._ahead())
+
+
 class LazySequence(Sequence[Any]):
     """A list or tuple of a checkpoint file, with tensors somewhere in it. Read-only; `materialize` gives the plain one."""
 
@@ -1001,13 +1068,14 @@ class LazySequence(Sequence[Any]):
         """What the file says of the tensor at a place; None for another value."""
         return self._view.meta(self._places[place])
 
-    def materialize(self) -> Any:
-        """The plain list or tuple, all its tensors read in parallel."""
+    def materialize(self, *, progress: bool = False) -> Any:
+        """The plain list or tuple, all its tensors read in parallel. `progress` shows a bar of bytes (needs tqdm)."""
         try:
-            if self._position is not None:
-                return self._view.materialized([self._position])(self._position)
-            build = self._view.materialized(list(self._places))
-            return [build(position) for position in self._places]
+            with bar_of(progress) as bar:
+                if self._position is not None:
+                    return self._view.materialized([self._position], bar=bar)(self._position)
+                build = self._view.materialized(list(self._places), bar=bar)
+                return [build(position) for position in self._places]
         except ZipSlicerError as error:
             raise error.located(path=self._view.table.archive.source.path) from None
 

@@ -7,6 +7,7 @@ threads of its own below that. What was taken is the caller's, and is not counte
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from .errors import ZipSlicerError
 from .plan import index, numel
 from .table import Leaf
 
-__all__ = ["BUDGET_NBYTES", "WHOLE", "Wanted", "nbytes_of", "stream", "tqdm_class"]
+__all__ = ["BUDGET_NBYTES", "WHOLE", "Wanted", "bar_of", "nbytes_of", "stream"]
 
 BUDGET_NBYTES = 256 << 20
 # Small neighbours are read in one call. Of a group all is read before the first of it can be taken.
@@ -63,33 +64,39 @@ def stream(
     Raises: ImportError for a progress bar without tqdm. The generator: OSError and the errors of zipslicer.errors, with
     `.key`, after what stands before it has come.
     """
-    return _streamed(wanted, budget_nbytes, device, tqdm_class() if progress else None)
+    bar = bar_of(progress, sum(each.nbytes for each in wanted))
+    return _streamed(wanted, budget_nbytes, device, bar)
 
 
-def tqdm_class() -> Any:
-    """Raises: ImportError."""
+def bar_of(progress: bool, total: int = 0) -> contextlib.AbstractContextManager[Any]:
+    """A bar of bytes, which opens when it is entered; or None in its place. Raises: ImportError."""
+    if not progress:
+        return contextlib.nullcontext()
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    return tqdm
+    return _opened(tqdm, total)
+
+
+@contextlib.contextmanager
+def _opened(tqdm: Any, total: int) -> Iterator[Any]:
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        yield bar
 
 
 def _streamed(
-    wanted: Sequence[Wanted], budget_nbytes: int, device: Any, tqdm: Any
+    wanted: Sequence[Wanted], budget_nbytes: int, device: Any, bar: contextlib.AbstractContextManager[Any]
 ) -> Generator[tuple[Any, Any], None, None]:
-    total = sum(each.nbytes for each in wanted)
-    bar = None if tqdm is None else tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024)
     ahead = _Ahead(wanted, budget_nbytes, device)
-    try:
-        ahead.start()
-        for _ in wanted:
-            # Nothing here may hold what was taken: it would live on for as long as the next one is waited for.
-            yield ahead.take(bar)
-    finally:
-        ahead.stop()
-        if bar is not None:
-            bar.close()
+    with bar as shown:
+        try:
+            ahead.start()
+            for _ in wanted:
+                # Nothing here may hold what was taken: it would live on for as long as the next one is waited for.
+                yield ahead.take(shown)
+        finally:
+            ahead.stop()
 
 
 class _StoppedError(Exception):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import FIRST_NODE_KIND, JOB_FIELDS, Hot, Kind, Maker
+from .backend import FIRST_NODE_KIND, JOB_FIELDS, Hot, Job, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
 from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
@@ -170,10 +170,12 @@ class RowReader(abc.ABC):
         """The same of a dense part of a composite."""
 
     @abc.abstractmethod
-    def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
+    def shared(
+        self, numbers: Sequence[int], storages: Sequence[int] = (), bar: Any = None
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
         """Rows by number and storages, each storage read once and whole -> (tensors by row, storages by id).
 
-        As torch.load does it: all tensors of one storage key are views of one storage.
+        As torch.load does it: all tensors of one storage key are views of one storage. `bar`: see View.materialized.
         """
 
     @abc.abstractmethod
@@ -196,6 +198,9 @@ class RowReader(abc.ABC):
         """A tensor on a storage that was read. The geometry is proved to lie in it."""
 
     # ---------------------------------------------------------------- what is the same
+    def _storages_of(self, numbers: Iterable[int]) -> Iterator[int]:
+        return (self.table.row(number).storage for number in numbers)
+
     def _hot_with(self, maker: Maker | None, is_off: Callable[[], bool]) -> Hot:
         """All that a small read needs."""
         archive, program = self._archive, self.table.program
@@ -270,11 +275,12 @@ class RowReader(abc.ABC):
                 self._received(each) for each in archive.backend.read_tensors(self._hot, numbers, whole, self.threads)
             ]
         except ZipSlicerError as error:
-            direct = self.table.direct
-            records = (direct[self.table.row(number).storage] for number in numbers)
+            records = (self.table.direct[storage] for storage in self._storages_of(numbers))
             raise archive.located(error, (record for record in records if record >= 0)) from None
 
-    def _buffers(self, wanted: Iterable[tuple[int, int, int]], pause: Pause | None = None) -> list[Any]:
+    def _buffers(
+        self, wanted: Iterable[tuple[int, int, int]], pause: Pause | None = None, bar: Any = None
+    ) -> list[Any]:
         """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
         table, archive = self.table, self._archive
         direct, allocate = table.direct, archive.backend.allocate
@@ -293,11 +299,13 @@ class RowReader(abc.ABC):
             jobs += (record, start, nbytes, len(buffers), 0)
             buffers.append(allocate(nbytes))
         given = [b"" if buffer is None else buffer for buffer in buffers]
-        for portion in [jobs] if pause is None else portions(jobs):
+        for portion in [jobs] if pause is None and bar is None else portions(jobs):
             if portion:
                 archive.read_into(portion, given, self.threads)
             if pause is not None:
                 pause()
+            if bar is not None:
+                bar.update(sum(portion[Job.NBYTES :: JOB_FIELDS]))
         return buffers
 
     def _gather(self, row: Row, piece: Piece) -> Any:
@@ -338,13 +346,21 @@ class RowReader(abc.ABC):
             units[row.storage].add(self._unit(row.dtype))
         return units, {storage for storage, found in units.items() if len(found) > 1}
 
-    def builder(self, positions: Sequence[int], instead: Mapping[int, Sequence[int]] | None = None) -> Builder:
+    def builder(
+        self, positions: Sequence[int], instead: Mapping[int, Sequence[int]] | None = None, bar: Any = None
+    ) -> Builder:
         """Builds these values as `materialize` returns them, out of tensors that are all read here, in parallel.
 
         `instead`: by node, the positions that are now below it in place of those in the file.
         """
         numbers, storages = _below(self.table, positions, instead or {})
-        tensors, whole = self.shared(numbers, storages)
+        done = 0
+        if bar is not None:
+            done = bar.n + sum(map(self.table.storage_nbytes, {*self._storages_of(numbers), *storages}))
+            bar.total = done
+        tensors, whole = self.shared(numbers, storages, bar)
+        if bar is not None:
+            bar.update(done - bar.n)  # what was not read in one go with the rest
 
         def leaf(kind: int, payload: int) -> Any:
             return tensors[payload] if kind == Kind.TENSOR else self.storage_value(payload, whole[payload])
@@ -498,10 +514,10 @@ class TensorReader(RowReader):
         """Bytes [start, start + nbytes) of a storage, in this host's byte order, as an UntypedStorage of just these."""
         return self._storages([(storage, start, nbytes, unit)])[0]
 
-    def _storages(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[Any]:
+    def _storages(self, wanted: Sequence[tuple[int, int, int, int]], bar: Any = None) -> list[Any]:
         """Many at once, in file order, on threads; each (storage, start, nbytes, unit of its elements)."""
         torch, made = self.torch, []
-        for buffer, (_, _, nbytes, unit) in zip(self._buffers([extent[:3] for extent in wanted]), wanted):
+        for buffer, (_, _, nbytes, unit) in zip(self._buffers([extent[:3] for extent in wanted], bar=bar), wanted):
             if buffer is None:
                 made.append(torch.UntypedStorage(0, device="cpu"))
                 continue
@@ -645,15 +661,17 @@ class TensorReader(RowReader):
         return joined.untyped_storage()
 
     # ---------------------------------------------------------------- many tensors, sharing as the file does
-    def shared(self, numbers: Sequence[int], storages: Sequence[int] = ()) -> tuple[dict[int, Any], dict[int, Any]]:
+    def shared(
+        self, numbers: Sequence[int], storages: Sequence[int] = (), bar: Any = None
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
         with self.torch.inference_mode(False):
             if self._is_plain and not self.table.swapped:
-                return self._shared_plainly(dict.fromkeys(numbers), storages)
+                return self._shared_plainly(dict.fromkeys(numbers), storages, bar)
             rows = {number: self.table.row(number) for number in dict.fromkeys(numbers)}
             if self.place.is_meta:
-                return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {})
+                return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {}, bar)
             units, mixed = self._units(rows.values())
-            whole = self._read_whole([*(s for s in units if s not in mixed), *storages], units)
+            whole = self._read_whole([*(s for s in units if s not in mixed), *storages], units, bar)
             made = {}
             for number, row in rows.items():
                 if row.storage in mixed:
@@ -662,7 +680,9 @@ class TensorReader(RowReader):
                     made[number] = self._finish(self._view(whole[row.storage], row, self.table.geometry(row)), row)
         return made, whole
 
-    def _shared_plainly(self, numbers: Iterable[int], storages: Iterable[int]) -> tuple[dict[int, Any], dict[int, Any]]:
+    def _shared_plainly(
+        self, numbers: Iterable[int], storages: Iterable[int], bar: Any
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
         """The same on the CPU and in this host's byte order: what thousands of small tensors go through."""
         torch, table = self.torch, self.table
         program, frombuffer, empty = table.program, torch.frombuffer, torch.empty
@@ -675,7 +695,7 @@ class TensorReader(RowReader):
         uses = collections.Counter(row[0] for _, row in rows)
         uses.update(storages)
         sizes = {storage: table.storage_nbytes(storage) for storage in uses}
-        buffers = dict(zip(uses, self._buffers((storage, 0, nbytes) for storage, nbytes in sizes.items())))
+        buffers = dict(zip(uses, self._buffers(((storage, 0, nbytes) for storage, nbytes in sizes.items()), bar=bar)))
         whole: dict[int, Any] = {}
 
         def base(storage: int) -> Any:
@@ -702,13 +722,13 @@ class TensorReader(RowReader):
             made[number] = self._finish(tensor, Row(*row)) if flags else tensor
         return made, whole
 
-    def _read_whole(self, storages: Iterable[int], units: dict[int, set[int]]) -> dict[int, Any]:
+    def _read_whole(self, storages: Iterable[int], units: dict[int, set[int]], bar: Any) -> dict[int, Any]:
         wanted = list(dict.fromkeys(storages))
         if self._cache is not None:
             return {storage: self._cached_storage(storage) for storage in wanted}
         table = self.table
         extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
-        read = self._storages(extents)
+        read = self._storages(extents, bar)
         locations = table.program.locations
         return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}
 
