@@ -615,15 +615,35 @@ const timespec& mtime_of(const struct stat& status) { return status.st_mtim; }
 
 }  // namespace
 
+iovec PosixReader::next(const iovec& part, std::uint64_t offset, bool& direct) const {
+  const std::size_t before = static_cast<std::size_t>(-offset % kDirectPage);
+  const bool fits = part.iov_len >= before + kDirectFrom &&
+                    (reinterpret_cast<std::uintptr_t>(part.iov_base) - offset) % kDirectPage == 0;
+  direct = fits && before == 0;
+  return {part.iov_base, direct ? part.iov_len / kDirectPage * kDirectPage : fits ? before : part.iov_len};
+}
+
 std::size_t PosixReader::preadv(const iovec* parts, int count, std::uint64_t offset) {
   for (;;) {
-    const ssize_t got = ::preadv(fd_, parts, count, static_cast<off_t>(offset));
+    const int direct_fd = direct_fd_.load(std::memory_order_relaxed);
+    bool direct = false;
+    ssize_t got;
+    if (direct_fd >= 0 && count == 1) {
+      const iovec part = next(*parts, offset, direct);
+      got = ::preadv(direct ? direct_fd : fd_, &part, 1, static_cast<off_t>(offset));
+    } else {
+      got = ::preadv(fd_, parts, count, static_cast<off_t>(offset));
+    }
     if (got >= 0) {
       return static_cast<std::size_t>(got);
     }
-    if (errno != EINTR) {
+    if (errno == EINTR) {
+      continue;
+    }
+    if (!direct) {
       fail_system();
     }
+    direct_fd_.store(-1, std::memory_order_relaxed);  // refused, as by a disk that wants another alignment
   }
 }
 

@@ -5,6 +5,7 @@
 // there is no pool, and no read knows of another, so fork and free threading need no care. Knows no Python.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -53,6 +54,8 @@ class Reader {
 
 constexpr int kMaxParts = 1024;                 // IOV_MAX of Linux and macOS
 constexpr std::size_t kMaxNbytes = 0x7ffff000;  // what Linux reads in one call; macOS refuses more than 2**31 - 1
+constexpr std::size_t kDirectPage = 4096;       // backend.DIRECT_NBYTES
+constexpr std::size_t kDirectFrom = std::size_t{1} << 20;  // backend.DIRECT_FROM
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kChunk = std::size_t{8} << 20;  // the largest call of a long read; 4 and 16 MiB are no faster
 
@@ -60,7 +63,9 @@ constexpr std::size_t kChunk = std::size_t{8} << 20;  // the largest call of a l
 // A POSIX file descriptor, which stays the caller's. Safe for concurrent use. Throws std::system_error.
 class PosixReader final : public Reader {
  public:
-  PosixReader(int fd, const Stamp* stamp) : fd_(fd), stamp_(stamp) {}
+  // `direct_fd` of the same file, open with O_DIRECT, or -1: then a single part of kDirectFrom and more is read by it,
+  // past the page cache, if its memory is congruent with the offset.
+  PosixReader(int fd, int direct_fd, const Stamp* stamp) : fd_(fd), direct_fd_(direct_fd), stamp_(stamp) {}
 
   std::size_t preadv(const iovec* parts, int count, std::uint64_t offset) override;
   [[nodiscard]] bool parallel() const override { return true; }
@@ -71,7 +76,11 @@ class PosixReader final : public Reader {
   bool read_cached(const iovec* parts, int count, std::uint64_t offset) const;
 
  private:
+  // What of a part comes next: whole pages to be read past the page cache, or what is before or after those.
+  [[nodiscard]] iovec next(const iovec& part, std::uint64_t offset, bool& direct) const;
+
   int fd_;
+  std::atomic<int> direct_fd_;
   const Stamp* stamp_;
 };
 #endif

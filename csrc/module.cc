@@ -335,19 +335,43 @@ int descriptor_of(const py::handle& handle) {
 #endif
 }
 
+bool is_descriptor(const py::handle& handle) {
+  return PyLong_Check(handle.ptr()) != 0 || PyTuple_Check(handle.ptr()) != 0;
+}
+
+#ifndef _WIN32
+// Of a handle that is a descriptor, or two.
+struct Descriptors {
+  explicit Descriptors(const py::handle& handle) : direct_fd(-1) {
+    if (PyTuple_Check(handle.ptr()) == 0) {
+      fd = descriptor_of(handle);
+      return;
+    }
+    const auto both = py::reinterpret_borrow<py::tuple>(handle);
+    if (both.size() != 2) {
+      throw py::type_error("a handle is a descriptor, two of them, or an object with preadv");
+    }
+    fd = descriptor_of(both[0]), direct_fd = descriptor_of(both[1]);
+  }
+
+  int fd;
+  int direct_fd;
+};
+#endif
+
 // Calls read(reader, poll) with the GIL released if the handle is a descriptor, and held if it is an object.
 template <typename Read>
 void with_reader(const py::handle& handle, const Stamp* stamp, Read read) {
-  if (PyLong_Check(handle.ptr()) == 0) {
+  if (!is_descriptor(handle)) {
     PyReader reader(handle);
     read(reader, Poll());
     return;
   }
-  const int fd = descriptor_of(handle);
 #ifdef _WIN32
-  static_cast<void>(fd), static_cast<void>(stamp), static_cast<void>(read);
+  static_cast<void>(descriptor_of(handle)), static_cast<void>(stamp), static_cast<void>(read);
 #else
-  PosixReader reader(fd, stamp);
+  const Descriptors fds(handle);
+  PosixReader reader(fds.fd, fds.direct_fd, stamp);
   const py::gil_scoped_release released;
   read(reader, Poll(poll_signals));
 #endif
@@ -430,8 +454,8 @@ void read_records_of(const py::object& handle, const py::object& stamp, const py
 void read_small(const py::handle& handle, const Stamp* stamp, const Archive& archive, std::size_t record,
                 std::int64_t start, Destination to) {
 #ifndef _WIN32
-  if (to.nbytes <= static_cast<std::size_t>(kSmallTo) && PyLong_Check(handle.ptr()) != 0 &&
-      read_record_cached(PosixReader(descriptor_of(handle), stamp), archive, record, start, to)) {
+  if (to.nbytes <= static_cast<std::size_t>(kSmallTo) && is_descriptor(handle) &&
+      read_record_cached(PosixReader(Descriptors(handle).fd, -1, stamp), archive, record, start, to)) {
     return;
   }
 #endif

@@ -43,9 +43,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done.append(number)
         return read(self, number)
 
-    def many(self: TensorReader, numbers: Any, storages: Any = ()) -> Any:
+    def many(self: TensorReader, numbers: Any, storages: Any = (), bar: Any = None) -> Any:
         done.extend(numbers)
-        return shared(self, numbers, storages)
+        return shared(self, numbers, storages, bar)
 
     monkeypatch.setattr(Deferral, "read", one)
     monkeypatch.setattr(TensorReader, "shared", many)

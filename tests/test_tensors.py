@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import math
+import mmap
 import os
+import select
 import threading
-from typing import TYPE_CHECKING, Any
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +25,6 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def saved(tree: Any) -> bytes:
@@ -546,3 +548,166 @@ def test_threads_go_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch, quota
     monkeypatch.setattr("zipslicer.tensors.cpu_quota", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
     assert default_threads() == threads
+
+
+# --- mmap=True and direct=True ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A file with large and small tensors, of which some are neither contiguous nor alone on their storage."""
+    large = torch.arange(900_000, dtype=torch.float32).reshape(300, 3000)
+    made = {
+        "large": large,
+        "turned": torch.arange(700_000).reshape(700, 1000).t(),
+        "part": large[10:20],
+        "small": torch.arange(5.0),
+        "parameter": torch.nn.Parameter(torch.ones(3, 2)),
+        "empty": torch.zeros(0, 2),
+        "conj": torch.ones(3, dtype=torch.complex64).conj(),
+        "sparse": torch.eye(4).to_sparse(),
+        "half": torch.arange(2_000_000, dtype=torch.float16),
+    }
+    torch.save(made, tmp_path / "tree.pth")
+    return tmp_path / "tree.pth", made
+
+
+def is_mapped(tensor: Any, path: Path) -> bool:
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, end = line.split()[0].partition("-")
+        if int(start, 16) <= address < int(end, 16):
+            return line.endswith(str(path))
+    return False
+
+
+def same(one: Any, other: Any) -> bool:
+    return (
+        bool(one.is_sparse == other.is_sparse and torch.equal(one, other) and one.stride() == other.stride())
+        if (not one.is_sparse)
+        else torch.equal(one.to_dense(), other.to_dense())
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_mmap_shows_the_file(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    before = path.read_bytes()
+    sd = zipslicer.load(path, mmap=True)
+    plain = sd.materialize()
+    for key, value in expected.items():
+        touched = sd[key]
+        assert same(touched, value)
+        assert same(plain[key], value)
+        if not value.is_sparse and value.numel():
+            assert is_mapped(touched, path), key
+            assert is_mapped(plain[key], path)
+            hull = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+            assert touched.untyped_storage().nbytes() == hull * value.itemsize
+    assert plain["part"].untyped_storage().data_ptr() == plain["large"].untyped_storage().data_ptr()
+    for index in (slice(5, 9), (slice(None), slice(0, 7)), (..., slice(None, None, 50)), (3, 4)):
+        part = sd.get_slice("large")[index]
+        assert part.equal(expected["large"][index])
+        assert is_mapped(part, path)
+    assert sd.get_slice("large")[::-1].equal(expected["large"].flip(0))
+    assert [key for key, _ in sd.stream()] == sd.offset_keys()
+    large = sd["large"]
+    large += 1  # a page of its own for who writes
+    assert path.read_bytes() == before
+    sd.close()
+    assert large[0, 0] == 1
+    with pytest.raises(ValueError, match="closed"):
+        sd["large"]
+
+
+def test_mmap_reads_what_it_cannot_show(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(1000), "v": torch.arange(7.0)}, tmp_path / "m.pth")
+    with zipfile.ZipFile(tmp_path / "m.pth") as before, zipfile.ZipFile(tmp_path / "odd.pth", "w") as after:
+        for name in before.namelist():  # by hand: no record is aligned, and one is deflated
+            method = zipfile.ZIP_DEFLATED if name.endswith("/0") else zipfile.ZIP_STORED
+            after.writestr("x" + name, before.read(name), method)
+    for dtype in (None, torch.float64):
+        with zipslicer.load(tmp_path / "odd.pth", mmap=True, dtype=dtype) as sd:
+            assert sd["w"].equal(torch.arange(1000))
+            assert sd["v"].equal(torch.arange(7.0, dtype=dtype))
+            assert sd.get_slice("w")[::3].equal(torch.arange(1000)[::3])
+            assert sd.materialize()["v"].equal(torch.arange(7.0, dtype=dtype))
+
+
+def test_mmap_as_arrays(tree: tuple[Path, dict[str, Any]]) -> None:
+    pytest.importorskip("numpy")
+    path, expected = tree
+    keys = ["large", "turned", "part", "small", "half"]
+    with zipslicer.load(path, mmap=True, framework="np") as sd:
+        plain = sd.select(keys).materialize()
+        for key in keys:
+            assert (sd[key] == expected[key].numpy()).all()
+            assert (plain[key] == expected[key].numpy()).all()
+        assert (sd.get_slice("large")[:, 3:5] == expected["large"][:, 3:5].numpy()).all()
+
+
+def test_mmap_wants_a_file(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    with pytest.raises(ValueError, match="a file on disk"):
+        zipslicer.load(path.read_bytes(), mmap=True)
+    with path.open("rb") as file, zipslicer.load(file, mmap=True) as sd:
+        assert sd["large"].equal(expected["large"])
+    with pytest.raises(ValueError, match="only one"):
+        zipslicer.load(path, mmap=True, direct=True)
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """By mincore, which reads nothing ahead, as a read that does not wait does."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        found = (ctypes.c_ubyte * 1)()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + offset // mmap.PAGESIZE * mmap.PAGESIZE
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(1), found)
+        return bool(found[0] & 1)
+
+
+def test_direct(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    with zipslicer.load(path, direct=True) as sd:
+        plain = sd.materialize()
+        for key, value in expected.items():
+            assert same(sd[key], value)
+            assert same(plain[key], value)
+            if not value.is_sparse:
+                assert sd[key].untyped_storage().nbytes() <= value.untyped_storage().nbytes()
+        assert sd.get_slice("large")[5:9].equal(expected["large"][5:9])
+        assert dict(sd.stream())["half"].equal(expected["half"])
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct reads here")
+def test_direct_reads_past_the_page_cache(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with zipslicer.load(path, direct=True) as sd:
+        if not isinstance(sd._view.table.archive.source.handle, tuple):
+            pytest.skip("this file system has no direct reads")
+        record = sd._view.table.record(sd._view.table.row(0).storage)
+        offset = sd._view.table.archive.extent(record)[0] + (2 << 20)
+        if is_cached(path, offset):
+            pytest.skip("the system keeps these pages")
+        assert sd["large"].equal(expected["large"])
+        assert not is_cached(path, offset)
+    with zipslicer.load(path) as sd:
+        assert sd["large"].equal(expected["large"])
+    assert is_cached(path, offset)
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_direct_falls_back(tree: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    path, expected = tree
+    if at == "open":
+        monkeypatch.setattr("os.O_DIRECT", getattr(os, "O_DIRECTORY", 0), raising=False)  # which a file is not
+    with zipslicer.load(path, direct=True) as sd:
+        source = sd._view.table.archive.source
+        if at == "open":
+            assert isinstance(source.handle, int) or not hasattr(os, "preadv")
+        elif isinstance(source.handle, tuple):  # the second descriptor reads nothing
+            refusing = select.epoll()
+            source.handle = (source.handle[0], refusing.fileno())
+        assert sd["large"].equal(expected["large"])

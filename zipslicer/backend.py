@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, Union, cast
 
 __all__ = [
+    "DIRECT_FROM",
+    "DIRECT_NBYTES",
     "ENTRY_FIELDS",
     "Backend",
     "Buffer",
@@ -43,7 +45,11 @@ class Reader(Protocol):
         ...
 
 
-Handle = Union[int, Reader]  # a POSIX file descriptor, or a Reader
+# A POSIX file descriptor; or two, the second of which reads past the page cache (O_DIRECT) what is large and lies as
+# in the file: place and memory are congruent modulo DIRECT_NBYTES. Or a Reader.
+Handle = Union[int, tuple[int, int], Reader]
+DIRECT_NBYTES: Final = 4096
+DIRECT_FROM: Final = 1 << 20  # bytes; of a stretch that is read so
 Actions = Mapping[tuple[str, str], int]  # (module, name) -> Verb | dtype index << 8 | itemsize << 16 | traits << 24
 
 

@@ -20,7 +20,7 @@ from .policy import Limits
 from .program import run_program
 from .safetensors_file import is_safetensors, safetensors_table
 from .shards import ShardedView, locate, read_index
-from .source import ByteSource, open_source
+from .source import ByteSource, OpenFile, open_source
 from .state_dict import LazyStateDict, View
 from .table import TensorTable
 from .tensors import ReadOptions, default_threads
@@ -101,6 +101,8 @@ def open(
     dtype: Any = None,
     cache_tensors: bool = False,
     framework: str = "pt",
+    mmap: bool = False,
+    direct: bool = False,
     unknown: str = "placeholder",
     allow: Mapping[str, Any] | None = None,
     threads: int | None = None,
@@ -121,6 +123,13 @@ def open(
         cache_tensors: keep each storage that was read, whole; tensors then share memory as they do in the file.
         framework: "pt" makes tensors of torch, "np" arrays of NumPy, for which torch need not be there. Then `dtype` is a
             floating-point dtype of NumPy, and `map_location` "cpu" or None.
+        mmap: tensors show the file, which is mapped, in place of memory of their own: nothing is read or copied before it
+            is used, and processes share the pages. What is written to a tensor stays in memory. THE RISK: whoever touches
+            a tensor whose file was cut short gets a signal (SIGBUS) that ends the process, and a file that is written to
+            changes tensors. Deflated, byte-swapped and cast tensors are read as ever, and so are those whose bytes are
+            not aligned. The file must be one on disk: a path, or a file object of one.
+        direct: read large tensors past the page cache (O_DIRECT), so that reading a file once does not drive others out
+            of it. Small reads, and file systems that refuse it, go through the page cache as ever.
         unknown: "placeholder" puts an inert Placeholder for what policy does not know; "error" refuses the file.
         allow: classes to build for real, by dotted name: {"pkg.Config": pkg.Config}. They are called with what the file says.
         threads: for large reads; by default the CPUs that affinity and control group leave to this process, at most 8, or
@@ -138,7 +147,7 @@ def open(
     """
     if unknown not in ("placeholder", "error"):
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
-    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework)
+    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework, mmap, direct)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     found, is_index = locate(source)
     if not is_index:
@@ -164,6 +173,8 @@ def load(
     *,
     weights_only: bool = True,
     framework: str = "pt",
+    mmap: bool = False,
+    direct: bool = False,
     unknown: str = "placeholder",
     allow: Mapping[str, Any] | None = None,
     threads: int | None = None,
@@ -187,6 +198,8 @@ def load(
         dtype=dtype,
         cache_tensors=cache_tensors,
         framework=framework,
+        mmap=mmap,
+        direct=direct,
         unknown=unknown,
         allow=allow,
         threads=threads,
@@ -210,12 +223,22 @@ class _Terms:
 
 def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:
     """One file, whatever holds it."""
-    bytes_in = open_source(source, terms.limits)
+    bytes_in = _source(source, options, terms.limits)
     try:
         return _view(bytes_in, options, terms)
     except BaseException:
         bytes_in.close()
         raise
+
+
+def _source(source: Any, options: ReadOptions, limits: Limits | None = None) -> ByteSource:
+    opened = open_source(source, limits)
+    if options.mmap and not isinstance(opened, OpenFile):
+        opened.close()
+        raise ValueError("mmap=True maps a file on disk: bytes, and objects that are none, are read without it")
+    if options.direct and isinstance(opened, OpenFile):
+        opened.go_direct()
+    return opened
 
 
 def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> View:
@@ -300,7 +323,7 @@ def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = No
 
 def _reopen(path: str, options: ReadOptions, terms: _Terms, fingerprint: int) -> View:
     """Unpickle: the same program of the same file at the same path, known by its directory."""
-    source = open_source(path)
+    source = _source(path, options)
     try:
         view = _one(source, options, terms)
         if view.table.archive.fingerprint() != fingerprint:

@@ -48,7 +48,9 @@ class ArrayReader(RowReader):
     # ---------------------------------------------------------------- one array
     def tensor(self, number: int) -> Any:
         """A dense row as an array of its own, as options want it."""
-        found = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain else None
+        found = (
+            self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain and not self._is_mapped else None
+        )
         return self._tensor_otherwise(number) if found is None else self._received(found)
 
     def _received(self, found: Any) -> Any:
@@ -253,6 +255,12 @@ class ArrayReader(RowReader):
         count = numel(geometry.sizes)
         if not count:
             return self._array(None, dtype, *geometry)
+        if (
+            self._is_mapped and self.table.direct[row.storage] >= 0
+        ):  # a view of the file, as an index of NumPy gives one
+            start, extent = geometry.storage_offset, hull(geometry)
+            flat = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
+            return self._array(flat, dtype, 0, geometry.sizes, geometry.strides)
         made: Any = None
         for piece in pieces(geometry, itemsize):
             sizes, strides = piece.geometry.sizes, piece.geometry.strides

@@ -12,6 +12,7 @@ import itertools
 import mmap
 import os
 import stat
+import sys
 import threading
 import zlib
 from array import array
@@ -31,6 +32,7 @@ HEAD_NBYTES = 512  # a block of tar
 CHUNK = 1 << 16  # bytes that are copied at a time; as gzip they become 66 MB at most
 # They can seek, by decompressing from the start again.
 FRONT_TO_BACK = {"gzip.GzipFile", "bz2.BZ2File", "lzma.LZMAFile", "zipfile.ZipExtFile"}
+NORESERVE = 0x4000 if sys.platform == "linux" else 0
 CLOSED = "what the checkpoint was opened from is closed"
 
 
@@ -63,6 +65,8 @@ class OpenFile:
 
     def __init__(self, fd: int, path: str | None = None, start: int = 0) -> None:
         self._fd = fd
+        self._direct_fd = -1
+        self._mapped: memoryview | None = None
         self.path: str | None = path
         self.start = start
         self.head = b""
@@ -81,6 +85,34 @@ class OpenFile:
         # An attribute, looked up for each tensor that is read: closing replaces it.
         self.handle: Handle = self._fd if hasattr(os, "preadv") else self
 
+    def go_direct(self) -> None:
+        """Read large, well placed stretches past the page cache from now on, where the system and its disk can do so."""
+        if self.path is None or not hasattr(os, "O_DIRECT") or not isinstance(self.handle, int):
+            return
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:  # a file system in memory, or one of another kind that has no such reads
+            return
+        facts = os.fstat(fd)
+        if array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes() != self.stamp:
+            os.close(fd)  # another file by now
+            return
+        self._direct_fd, self.handle = fd, (self._fd, fd)
+
+    def mapped(self) -> memoryview:
+        """The file in memory, each page copied when it is written to; mapped once. Raises: OSError."""
+        with self._lock:
+            if self._fd < 0:
+                raise ValueError("the checkpoint is closed")
+            if self._mapped is None:
+                # NORESERVE: a file that is larger than the memory may be mapped, too. Python names the flag from 3.13 on.
+                private = {}
+                if hasattr(mmap, "MAP_PRIVATE"):
+                    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", NORESERVE)
+                    private = {"flags": flags, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+                self._mapped = memoryview(mmap.mmap(self._fd, self.size, **(private or {"access": mmap.ACCESS_COPY})))
+            return self._mapped
+
     def preadv(self, buffers: Sequence[Any], offset: int, /) -> int:
         """For platforms without a positioned read (Windows, WASM): seek and read under a lock."""
         with self._lock:
@@ -95,9 +127,11 @@ class OpenFile:
             return done
 
     def close(self) -> None:
-        fd, self._fd, self.handle = self._fd, -1, Closed()
-        if fd >= 0:
-            os.close(fd)
+        """What was mapped stays so, for as long as a tensor shows it."""
+        fds, self._fd, self._direct_fd, self.handle, self._mapped = (self._fd, self._direct_fd), -1, -1, Closed(), None
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
@@ -291,7 +325,10 @@ def _chunks(source: ByteSource, nbytes: int | None = None) -> Iterator[bytes]:
     end = source.size if nbytes is None else offset + nbytes
     while offset < end:
         buffer = memoryview(bytearray(min(CHUNK, end - offset)))
-        got = os.preadv(handle, [buffer], offset) if isinstance(handle, int) else handle.preadv([buffer], offset)
+        if isinstance(handle, (int, tuple)):
+            got = os.preadv(handle if isinstance(handle, int) else handle[0], [buffer], offset)
+        else:
+            got = handle.preadv([buffer], offset)
         if not got:
             raise ChangedError("the file ends here: it is shorter than when it was opened", offset=offset)
         yield bytes(buffer[:got])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import ctypes
 import dataclasses
 import functools
 import math
@@ -15,17 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import FIRST_NODE_KIND, JOB_FIELDS, Hot, Job, Kind, Maker
+from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Hot, Job, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
 from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
+from .source import OpenFile
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "RowReader", "TensorReader", "cpu_quota", "default_threads", "portions"]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
+ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
 PORTION_NBYTES = 128 << 20  # after which a read that can be stopped looks whether it is to stop
 LOCAL_THREADS = 8  # a warm copy is limited by memory bandwidth, which a few threads use up
 
@@ -41,6 +44,8 @@ class ReadOptions:
     cache_tensors: bool = False
     threads: int | None = None
     framework: str = "pt"
+    mmap: bool = False
+    direct: bool = False
 
     def __post_init__(self) -> None:
         # What can be told without torch is told at once, not at the first touch.
@@ -48,6 +53,8 @@ class ReadOptions:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.framework not in ("pt", "np"):
             raise ValueError(f'framework must be "pt" or "np", not {self.framework!r}')
+        if self.mmap and self.direct:
+            raise ValueError("mmap=True shows the page cache, direct=True reads past it: only one can be had")
         if self.framework == "np":
             self._check_for_arrays()
             return
@@ -128,6 +135,7 @@ class RowReader(abc.ABC):
         self.table = table
         self._threads = options.threads
         self._archive = table.archive
+        self._is_mapped, self._is_direct = options.mmap, options.direct
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
         self._hot: Hot
         # read_tensor, and what it is to be called with; None where not each tensor can be read so.
@@ -222,7 +230,7 @@ class RowReader(abc.ABC):
         """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
         table, row = self.table, self.table.row(number)
         storage = row.storage
-        found_now = self._is_plain and table.direct[storage] < 0 and row.extent > 0
+        found_now = self._is_plain and not self._is_mapped and table.direct[storage] < 0 and row.extent > 0
         if found_now and table.record(storage) == table.direct[storage] and not row.flags:
             return self.tensor(number) if row.extent * row.itemsize < SMALL_TO else self._tensor_slowly(number)
         return self._tensor_slowly(number)
@@ -269,6 +277,8 @@ class RowReader(abc.ABC):
         `whole`: only those that have a storage to themselves. REQUIRES: _is_plain.
         """
         archive = self._archive
+        if self._is_mapped:
+            return [None] * len(numbers)
         self.table.find_records()
         try:
             return [
@@ -296,8 +306,11 @@ class RowReader(abc.ABC):
                 if not archive.is_stored(record):
                     buffers.append(bytearray(archive.read(record)[start : start + nbytes]))
                     continue
+            if self._is_mapped and (shown := self._shown(record, start, nbytes)) is not None:
+                buffers.append(shown)
+                continue
             jobs += (record, start, nbytes, len(buffers), 0)
-            buffers.append(allocate(nbytes))
+            buffers.append(self._congruent(record, start, nbytes) if self._is_direct else allocate(nbytes))
         given = [b"" if buffer is None else buffer for buffer in buffers]
         for portion in [jobs] if pause is None and bar is None else portions(jobs):
             if portion:
@@ -307,6 +320,29 @@ class RowReader(abc.ABC):
             if bar is not None:
                 bar.update(sum(portion[Job.NBYTES :: JOB_FIELDS]))
         return buffers
+
+    def _is_as_in_file(self, storage: int) -> bool:
+        """Whether the file is mapped, and shows a storage as it is."""
+        return self._is_mapped and self.table.record(storage) == self.table.direct[storage]
+
+    def _shown(self, record: int, start: int, nbytes: int) -> Any:
+        """A part of a stored record in the mapped file; None where elements would not be aligned in memory."""
+        offset = self._archive.extent(record)[0] + start
+        source = self._archive.source
+        assert isinstance(source, OpenFile)  # open() has refused any other
+        return source.mapped()[offset : offset + nbytes] if offset % ALIGNED == 0 else None
+
+    def _congruent(self, record: int, start: int, nbytes: int) -> Any:
+        """Memory that lies in its page as a part of a record in the file's, so that it can be read past the page cache."""
+        allocate = self._archive.backend.allocate
+        if nbytes < DIRECT_FROM:
+            return allocate(nbytes)
+        offset = (
+            self._archive.extent(record)[0] + start
+        )  # proved first: a header that is read along would be in the way
+        view = memoryview(allocate(nbytes + 2 * DIRECT_NBYTES))
+        first = (offset - ctypes.addressof(ctypes.c_char.from_buffer(view))) % DIRECT_NBYTES
+        return view[first : first + nbytes]
 
     def _gather(self, row: Row, piece: Piece) -> Any:
         """The runs of a piece, one after the other, in a new buffer. REQUIRES: a stored record."""
@@ -415,13 +451,13 @@ class TensorReader(RowReader):
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
         self._hot = self._hot_with(maker, torch.is_inference_mode_enabled)
-        if self._is_plain:
+        if self._is_plain and not options.mmap:
             self.fast = table.archive.backend.read_tensor, self._hot
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
         """A dense row as a tensor of its own, as options want it."""
-        made = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain else None
+        made = self._archive.backend.read_tensor(self._hot, ~number) if self.fast is not None else None
         return self._tensor_otherwise(number) if made is None else made
 
     def _dtype(self, dtype: int) -> Any:
@@ -626,6 +662,12 @@ class TensorReader(RowReader):
         def viewed(untyped: Any, sizes: Sequence[int], strides: Sequence[int]) -> Any:
             return torch.empty(0, dtype=carrier, device="cpu").set_(untyped, 0, sizes, strides)
 
+        if (
+            self._is_mapped and self.table.direct[row.storage] >= 0
+        ):  # a view of the file, as an index of torch gives one
+            start, extent = geometry.storage_offset, hull(geometry)
+            whole = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
+            return viewed(whole, geometry.sizes, geometry.strides)
         made: Any = None
         for piece in pieces(geometry, itemsize):
             sizes, strides = piece.geometry.sizes, piece.geometry.strides

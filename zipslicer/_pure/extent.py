@@ -32,6 +32,8 @@ MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 TENSOR_KIND = 11  # backend.Kind.TENSOR
 MAX_NBYTES = 0x7FFFF000  # what Linux reads in one call at most
+DIRECT_NBYTES = 4096  # backend.DIRECT_NBYTES
+DIRECT_FROM = 1 << 20  # backend.DIRECT_FROM
 HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along
 
 PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -65,9 +67,33 @@ def _address(room: mmap.mmap) -> int:
 
 
 def _preadv(handle: Any) -> Preadv:
-    if not isinstance(handle, int):
-        return handle.preadv  # type: ignore[no-any-return]
-    return lambda buffers, offset: os.preadv(handle, buffers, offset)
+    if isinstance(handle, int):
+        return lambda buffers, offset: os.preadv(handle, buffers, offset)
+    if isinstance(handle, tuple):
+        return _direct(*handle)
+    return handle.preadv  # type: ignore[no-any-return]
+
+
+def _direct(fd: int, direct_fd: int) -> Preadv:
+    """Reads whole pages past the page cache where place and memory allow it; what is before and after, through it."""
+    import ctypes
+
+    def preadv(buffers: Sequence[Any], offset: int) -> int:
+        nonlocal direct_fd
+        view = buffers[0]
+        before = -offset % DIRECT_NBYTES
+        is_fit = direct_fd >= 0 and len(buffers) == 1 and len(view) - before >= DIRECT_FROM
+        if not is_fit or (ctypes.addressof(ctypes.c_char.from_buffer(view)) - offset) % DIRECT_NBYTES:
+            return os.preadv(fd, buffers, offset)
+        if before:
+            return os.preadv(fd, [view[:before]], offset)
+        try:
+            return os.preadv(direct_fd, [view[: len(view) // DIRECT_NBYTES * DIRECT_NBYTES]], offset)
+        except OSError:
+            direct_fd = -1  # refused, as by a disk that wants another alignment
+            return os.preadv(fd, buffers, offset)
+
+    return preadv
 
 
 def _fill(preadv: Preadv, buffers: list[memoryview], offset: int) -> None:
@@ -128,7 +154,7 @@ def _read(handle: Any, pieces: list[Piece], threads: int) -> None:
 
 def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, threads: int) -> None:
     preadv = _preadv(handle)
-    if threads < 2 or len(calls) < 2 or not isinstance(handle, int) or nbytes < THREADS_FROM:
+    if threads < 2 or len(calls) < 2 or not isinstance(handle, (int, tuple)) or nbytes < THREADS_FROM:
         for offset, buffers in calls:
             _fill(preadv, buffers, offset)
         return
@@ -294,9 +320,9 @@ def _prove(preadv: Preadv, head: bytes, block: bytes, entries: Any, record: int)
 
 
 def _check_stamp(handle: Any, stamp: bytes) -> None:
-    if not stamp or not isinstance(handle, int):
+    if not stamp or not isinstance(handle, (int, tuple)):
         return
-    now = os.fstat(handle)
+    now = os.fstat(handle if isinstance(handle, int) else handle[0])
     if array("q", (now.st_size, now.st_mtime_ns, now.st_ino)).tobytes() != stamp:
         raise ChangedError("the file was changed after it was opened")
 
