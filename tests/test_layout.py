@@ -18,7 +18,8 @@ PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
     "errors", "backend", "policy", "source", "archive", "program", "legacy", "plan", "arrays", "composites", "table",
-    "safetensors_file", "tensors", "numpy_tensors", "stream", "state_dict", "shards", "joined", "exports", "checkpoint", "cli",
+    "safetensors_file", "staging", "tensors", "numpy_tensors", "stream", "state_dict", "shards", "joined", "exports",
+    "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
 OPENED = {"state_dict": {"module"}}  # side doors that a method opens when it is called, or that types are named of

@@ -711,3 +711,87 @@ def test_direct_falls_back(tree: tuple[Path, dict[str, Any]], monkeypatch: pytes
             refusing = select.epoll()
             source.handle = (source.handle[0], refusing.fileno())
         assert sd["large"].equal(expected["large"])
+
+
+# --- out= -------------------------------------------------------------------------------------------------------------
+
+
+INDICES = [
+    (),
+    3,
+    slice(2, 9),
+    (slice(None), slice(0, 40)),
+    (slice(None, None, 7), 5),
+    (..., slice(None, None, -1)),
+    (None, 4),
+]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("key", ["large", "turned", "part", "parameter", "half"])
+@pytest.mark.parametrize("kind", ["same", "cast", "strided"])
+def test_out_is_filled(tree: tuple[Path, dict[str, Any]], key: str, index: Any, kind: str) -> None:
+    path, expected = tree
+    value = expected[key].detach()
+    try:
+        wanted = torch.from_numpy(np.array(value.numpy()[index]))
+    except IndexError:
+        pytest.skip("not for this shape")
+    out = torch.zeros(wanted.shape, dtype=torch.float64 if kind == "cast" else value.dtype)
+    if kind == "strided":
+        out = torch.zeros((*wanted.shape, 2), dtype=value.dtype)[..., 1]
+    version = out._version
+    with zipslicer.load(path) as sd:
+        assert sd.get_slice(key).read(index, out=out) is out
+        assert out.equal(wanted.to(out.dtype))
+        assert out._version > version
+        if index == ():
+            out.zero_()
+            assert sd.get_tensor(key, out=out) is out
+            assert out.equal(wanted.to(out.dtype))
+
+
+def test_out_is_read_straight_into(tree: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, expected = tree
+    out = torch.zeros(300, 3000)
+    with zipslicer.load(path) as sd:
+        assert isinstance(sd["small"], torch.Tensor)
+        monkeypatch.setattr(sd._view.reader, "slice", lambda *_: pytest.fail("a tensor was made"))
+        sd.get_tensor("large", out=out)
+        sd.get_slice("large").read((slice(None), slice(10, 250)), out=out.new_empty(300, 240))
+        turned = torch.zeros(700, 1000, dtype=torch.int64).t()
+        sd.get_tensor("turned", out=turned)
+    assert out.equal(expected["large"])
+    assert turned.equal(expected["turned"])
+
+
+def test_out_of_another_shape_or_kind(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    with zipslicer.load(path) as sd:
+        for index, shape in (((), (3000, 300)), (0, (2999,)), ((..., 0), (1, 300))):
+            with pytest.raises(ValueError, match="out has"):
+                sd.get_slice("large").read(index, out=torch.zeros(shape))
+        dense = torch.zeros(4, 4)
+        assert sd.get_tensor("conj", out=torch.zeros(3, dtype=torch.complex64)).equal(expected["conj"])
+        assert sd.get_tensor("empty", out=torch.zeros(0, 2)).numel() == 0
+        sd["own"] = torch.eye(4)
+        assert sd.get_tensor("own", out=dense) is dense
+        assert dense.equal(torch.eye(4))
+        assert sd.get_slice("sparse").part("values").read(slice(1, 3), out=torch.zeros(2)).equal(torch.ones(2))
+        with pytest.raises(KeyError):
+            sd.get_tensor("none", out=dense)
+        with pytest.raises(TypeError):
+            sd.get_slice("large").read([0], out=dense)
+
+
+def test_out_as_arrays(tree: tuple[Path, dict[str, Any]]) -> None:
+    path, expected = tree
+    with zipslicer.load(path, framework="np") as sd:
+        for index in INDICES:
+            wanted = expected["large"].numpy()[index]
+            shape = wanted.shape
+            for out in (np.zeros(shape, np.float32), np.zeros(shape, np.float64), np.zeros((*shape, 2))[..., 0]):
+                assert sd.get_slice("large").read(index, out=out) is out
+                assert (out == wanted).all()
+        out = np.zeros((1000, 700), np.int64)
+        assert (sd.get_tensor("turned", out=out) == expected["turned"].numpy()).all()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import ctypes
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,11 @@ from typing import Any, NamedTuple, Union
 
 from .backend import JOB_FIELDS, Job
 from .errors import ZipSlicerError
-from .plan import Geometry, hull, is_contiguous
+from .plan import Geometry, hull
 from .state_dict import LazyStateDict, materialize
 from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
-from .tensors import portions
+from .tensors import bump, portions
 
 __all__ = ["KeyMap", "LoadReport", "load_into"]
 
@@ -387,31 +386,18 @@ class _Loading:
 
     def _memory(self, task: Task) -> tuple[list[int], memoryview] | None:
         """For a target that the file's bytes can be read into as they are: record, start and nbytes; and its memory."""
-        torch, target, leaf = self.torch, task.target, task.leaf
-        if leaf is None or leaf.composite is not None or target.device.type != "cpu" or not target.numel():
-            return None
-        if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout is not torch.strided:
-            return None
-        table, reader = task.view.table, task.view.reader
-        row = table.row(leaf.number)
-        geometry = table.geometry(row)
-        is_same = geometry.sizes == tuple(target.shape) and reader.dtypes[row.dtype] == target.dtype
-        if not is_same or target.is_conj() or target.is_neg():
-            return None
-        if not reader.is_plain_row(leaf._replace(parameter=False, attributes=None)) or row.extent != target.numel():
-            return None
-        both_in_a_row = target.is_contiguous() and is_contiguous(geometry.sizes, geometry.strides)
-        if not both_in_a_row and geometry.strides != target.stride():
+        if task.leaf is None or tuple(task.target.shape) != task.info.shape:
             return None
         try:
-            record = table.record(row.storage)
-            if not table.archive.is_stored(record):
+            found = task.view.reader.room(task.leaf, task.target)
+            if found is None:
                 return None
+            row, geometry, memory = found
+            if hull(geometry) != task.target.numel():
+                return None  # with gaps
+            return [task.view.table.record(row.storage), row.storage_offset * row.itemsize, len(memory)], memory
         except ZipSlicerError as error:
             raise error.located(path=task.view.path, key=task.key) from None
-        nbytes = row.extent * row.itemsize
-        memory = memoryview((ctypes.c_ubyte * nbytes).from_address(target.data_ptr())).cast("B")
-        return [record, row.storage_offset * row.itemsize, nbytes], memory
 
     def _read_straight(
         self, view: Any, tasks: Sequence[Task], straight: Mapping[int, tuple[list[int], memoryview]], bar: Any
@@ -433,7 +419,7 @@ class _Loading:
             raise error.located(path=view.path, key=next(found, None)) from None
         finally:
             for task in tasks:
-                _bump(self.torch, task.target)
+                bump(self.torch, task.target)
 
     def _read_new(self, tasks: Sequence[Task], bar: Any) -> None:
         """New tensors in place of those of the target: read ahead, and kept."""
@@ -471,6 +457,9 @@ class _Loading:
                 return
             try:
                 leaf = task.leaf
+                if leaf is not None and task.view.reader.stage_into(leaf, target):
+                    bump(self.torch, target)
+                    return
                 if leaf is None or leaf.composite is not None or task.info.nbytes <= CHUNK_NBYTES:
                     target.copy_(task.view.touch(task.position, task.key).reshape(target.shape))
                     return
@@ -517,16 +506,6 @@ def _by_view(tasks: Iterable[Task]) -> Iterator[tuple[Any, list[Task]]]:
         found.setdefault(id(task.view), []).append(task)
     for some in found.values():
         yield some[0].view, some
-
-
-def _bump(torch: Any, target: Any) -> None:
-    """Let autograd know that a tensor was written to."""
-    if target.is_inference():
-        return
-    if hasattr(torch.autograd.graph, "increment_version"):
-        torch.autograd.graph.increment_version(target)
-    else:  # torch before 2.2; an empty part shares the counter
-        target.detach().reshape(-1)[:0].zero_()
 
 
 def _advance(bar: Any, nbytes: int) -> None:

@@ -215,6 +215,23 @@ class ArrayReader(RowReader):
             return self._cached_storage(storage)
         return self._storage(storage, 0, self.table.storage_nbytes(storage), self._own_unit(storage))
 
+    # ---------------------------------------------------------------- into memory that is there
+    def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
+        if leaf.composite is not None or not self._is_plain or not out.flags.c_contiguous or not out.size:
+            return None
+        row = self.table.row(leaf.number)
+        geometry, flips = index(self.table.geometry(row), wanted)
+        if geometry.sizes != out.shape or self._dtype(row.dtype) != out.dtype or not self._is_as_it_is(row) or flips:
+            return None
+        if hull(geometry) <= out.size and not is_contiguous(geometry.sizes, geometry.strides):
+            return None
+        if not self._archive.is_stored(self.table.record(row.storage)):
+            return None
+        return row, geometry, memoryview(out.reshape(-1).view(self.np.uint8))
+
+    def put(self, value: Any, out: Any) -> None:
+        out[...] = value
+
     # ---------------------------------------------------------------- a part of one tensor
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
         if leaf.composite is None:

@@ -23,6 +23,8 @@ from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Hot, Kind
 from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError
+from .plan import Geometry
+from .plan import index as apply_index
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
 from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
 from .stream import BUDGET_NBYTES, WHOLE, Wanted, bar_of, nbytes_of, stream
@@ -670,10 +672,17 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return self._view.path
 
     # ---------------------------------------------------------------- reading
-    def get_tensor(self, key: Any) -> Any:
-        """The same as self[key], for a tensor."""
+    def get_tensor(self, key: Any, *, out: Any = None) -> Any:
+        """The same as self[key], for a tensor.
+
+        out: a tensor of the same shape (an array, with framework="np"), which is filled and returned: pinned memory, shared
+            memory, a buffer that is used again. Bytes go straight into it where its dtype and layout are those in the
+            file, and are converted where they are not.
+
+        Raises: ValueError for another shape; and as self[key].
+        """
         self._require_meta(key)
-        return self[key]
+        return self[key] if out is None else self.get_slice(key).read((), out=out)
 
     def get_tensors(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """Several at once, in parallel and in file order; those that share a storage in the file share it here."""
@@ -1135,15 +1144,36 @@ class LazySlice:
 
     def __getitem__(self, index: Any) -> Any:
         """Raises: IndexError, TypeError (an index that is not basic), ValueError (a step of 0)."""
-        if self._leaf is None:
-            return self._owner[self._key][index]
+        return self.read(index)
+
+    def read(self, index: Any, *, out: Any = None) -> Any:
+        """The same as self[index]; into `out`, as LazyStateDict.get_tensor takes it, where there is one."""
+        if out is not None:
+            self._check_shape(index, out)
         try:
             reader = self._view.reader
-            if self._part is not None:
-                return reader.slice_member(self._part, index)
-            return reader.slice(self._leaf, index)
+            if out is not None and self._leaf is not None and self._part is None:
+                reader.fill(self._leaf, out, index)
+                return out
+            if self._leaf is None:
+                made = self._owner[self._key][index]
+            elif self._part is not None:
+                made = reader.slice_member(self._part, index)
+            else:
+                made = reader.slice(self._leaf, index)
+            if out is None:
+                return made
+            reader.put(made, out)
+            return out
         except ZipSlicerError as error:
             raise error.located(path=self._view.path, key=self._key) from None
+
+    def _check_shape(self, index: Any, out: Any) -> None:
+        shape = self.shape
+        if not (isinstance(index, tuple) and not index):
+            shape = apply_index(Geometry(0, shape, (1,) * len(shape)), index).geometry.sizes
+        if tuple(out.shape) != tuple(shape):
+            raise ValueError(f"what is read has the shape {tuple(shape)}, out has {tuple(out.shape)}")
 
     def part(self, name: str) -> LazySlice:
         """One of the dense tensors that a sparse, quantized or nested tensor consists of; `info.parts` has their names.

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .arrays import array_value, floating_dtype
@@ -23,9 +23,10 @@ from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .source import OpenFile
+from .staging import CHUNK_NBYTES, cast, lane_of, memory_of, ring_of, send
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "cpu_quota", "default_threads", "portions"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "portions"]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
@@ -176,6 +177,36 @@ class RowReader(abc.ABC):
     @abc.abstractmethod
     def slice_member(self, each: Member, wanted: Any) -> Any:
         """The same of a dense part of a composite."""
+
+    @abc.abstractmethod
+    def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
+        """The memory of `out`, if the bytes of a tensor, or of a basic index into it, can be read into it as they are.
+
+        With the row, and where in its storage what is wanted lies. None where that takes another step.
+        """
+
+    @abc.abstractmethod
+    def put(self, value: Any, out: Any) -> None:
+        """Copy a value into what has its shape."""
+
+    def fill(self, leaf: Leaf, out: Any, wanted: Any = ()) -> None:
+        """Read a tensor, or a basic index into it, into `out`: straight into its memory where that can be."""
+        found = self.room(leaf, out, wanted)
+        if found is not None:
+            row, geometry, memory = found
+            record, itemsize = self.table.record(row.storage), row.itemsize
+            if hull(geometry) * itemsize == len(memory):
+                jobs = (record, geometry.storage_offset * itemsize, len(memory), 0, 0)
+                for portion in portions(jobs):
+                    if portion:
+                        self._archive.read_into(portion, [memory], self.threads)
+                return
+            piece, *others = pieces(geometry, itemsize)
+            if piece.run_numel and not others:
+                self._read_piece(row, piece, memory)
+                return
+        is_whole = isinstance(wanted, tuple) and not wanted
+        self.put(self.leaf(leaf) if is_whole and leaf.composite is not None else self.slice(leaf, wanted), out)
 
     @abc.abstractmethod
     def shared(
@@ -346,8 +377,12 @@ class RowReader(abc.ABC):
 
     def _gather(self, row: Row, piece: Piece) -> Any:
         """The runs of a piece, one after the other, in a new buffer. REQUIRES: a stored record."""
+        buffer = self._archive.backend.allocate(numel(piece.geometry.sizes) * row.itemsize)
+        self._read_piece(row, piece, buffer)
+        return buffer
+
+    def _read_piece(self, row: Row, piece: Piece, buffer: Any) -> None:
         itemsize = row.itemsize
-        buffer = self._archive.backend.allocate(numel(piece.geometry.sizes) * itemsize)
         self._archive.read_runs(
             self.table.record(row.storage),
             piece.geometry.storage_offset * itemsize,
@@ -356,7 +391,6 @@ class RowReader(abc.ABC):
             buffer,
             self.threads,
         )
-        return buffer
 
     def _whole_unit(self, storage: int) -> int:
         """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
@@ -477,11 +511,60 @@ class TensorReader(RowReader):
             elif self._cache is not None:
                 made = self._view(self._cached_storage(row.storage), row, geometry)
             else:
-                nbytes = row.extent * row.itemsize
-                storage = self._storage(row.storage, row.storage_offset * row.itemsize, nbytes, self._unit(row.dtype))
-                storage = self.place.storage(storage, self.table.program.locations[row.storage])
-                made = self._view(storage, row, geometry._replace(storage_offset=0))
+                start, nbytes = row.storage_offset * row.itemsize, row.extent * row.itemsize
+                wanted = self._wanted(row)
+                made = self._staged(row.storage, start, nbytes, row.dtype, wanted)
+                if made is None:
+                    storage = self._storage(row.storage, start, nbytes, self._unit(row.dtype))
+                    storage = self.place.storage(storage, self.table.program.locations[row.storage])
+                    made = self._view(storage, row, geometry._replace(storage_offset=0))
+                else:
+                    made = made.as_strided_(geometry.sizes, geometry.strides)
             return self._finish(made, row)
+
+    def _wanted(self, row: Row) -> Any:
+        """What dtype a row is to come out as."""
+        given = self._dtype(row.dtype)
+        is_cast = self.place.dtype is not None and given.is_floating_point and row not in self._uncast
+        return self.place.dtype if is_cast else given
+
+    def _staged(self, storage: int, start: int, nbytes: int, dtype: int, wanted: Any) -> Any:
+        """Bytes of a storage as a flat tensor where it is to be and of the dtype `wanted`, brought there by chunks.
+
+        None where they are just to be read, or go to a device in another way.
+        """
+        torch, place, given = self.torch, self.place, self._dtype(dtype)
+        device = place.where(self.table.program.locations[storage])
+        lane = None if device is None else lane_of(torch, device)
+        if place.is_call or not nbytes or (lane is None and (device is not None or wanted == given)):
+            return None
+        count = nbytes // given.itemsize
+        read = self._part_reader(storage, start, nbytes, self._unit(dtype))
+        if lane is not None:
+            made = torch.empty(count, dtype=wanted, device=device)
+            send(lane, ring_of(), read, count * given.itemsize, given, made)
+            return made
+        made = torch.frombuffer(self._archive.backend.allocate(count * wanted.itemsize), dtype=wanted)
+        cast(torch, read, count * given.itemsize, given, made)
+        return made
+
+    def _part_reader(self, storage: int, start: int, nbytes: int, unit: int) -> Callable[[int, memoryview], None]:
+        """What reads parts of a stretch of a storage, in this host's byte order. A part is of whole elements."""
+        torch, archive, record = self.torch, self._archive, self.table.record(storage)
+        inflated = None
+        if not archive.is_stored(record):
+            inflated = memoryview(archive.read(record))[start : start + nbytes]
+
+        def read(at: int, memory: memoryview) -> None:
+            if inflated is not None:
+                memory[:] = inflated[at : at + len(memory)]
+            else:
+                archive.read_into((record, start + at, len(memory), 0, 0), [memory], self.threads)
+            if unit > 1:
+                turned = torch.frombuffer(memory, dtype=torch.uint8).view(-1, unit)
+                turned.copy_(turned.flip(1))
+
+        return read
 
     def _view(self, storage: Any, row: Row, geometry: Geometry) -> Any:
         """A tensor on a storage. The geometry is proved to lie in it, so that set_ never grows it."""
@@ -586,6 +669,58 @@ class TensorReader(RowReader):
         if dtype >= len(DTYPES):
             return untyped
         return torch.storage.TypedStorage(wrap_storage=untyped, dtype=self._dtype(dtype), _internal=True)
+
+    # ---------------------------------------------------------------- into memory that is there
+    def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
+        if not self._is_dense(leaf, out) or out.device.type != "cpu":
+            return None
+        row = self.table.row(leaf.number)
+        geometry, flips = index(self.table.geometry(row), wanted)
+        if geometry.sizes != tuple(out.shape) or self.dtypes[row.dtype] != out.dtype or not self._is_as_it_is(row):
+            return None
+        is_runs = out.is_contiguous() and hull(geometry) > out.numel()
+        if flips or not (is_runs or _is_laid_out(geometry, out)):
+            return None
+        if not self._archive.is_stored(self.table.record(row.storage)):
+            return None
+        return row, geometry, memory_of(out, out.numel() * row.itemsize)
+
+    def _is_dense(self, leaf: Leaf, out: Any) -> bool:
+        """Whether both are tensors that consist of elements in memory, and no more."""
+        torch = self.torch
+        is_plain = type(out) in (torch.Tensor, torch.nn.Parameter) and out.layout is torch.strided
+        return bool(leaf.composite is None and is_plain and out.numel() and not (out.is_conj() or out.is_neg()))
+
+    def put(self, value: Any, out: Any) -> None:
+        with self.torch.no_grad():
+            out.copy_(value)
+
+    def fill(self, leaf: Leaf, out: Any, wanted: Any = ()) -> None:
+        if not self.stage_into(leaf, out, wanted):
+            super().fill(leaf, out, wanted)
+        bump(self.torch, out)
+
+    def stage_into(self, leaf: Leaf, out: Any, wanted: Any = ()) -> bool:
+        """Fill a tensor of another dtype, or on a device with a lane, by chunks. False where that is not the way."""
+        if not self._is_dense(leaf, out) or out.device.type == "meta" or self.place.special or self._cache is not None:
+            return False
+        row = self.table.row(leaf.number)
+        geometry, flips = index(self.table.geometry(row), wanted)
+        is_same = geometry.sizes == tuple(out.shape) and _is_laid_out(geometry, out)
+        if flips or row.conj or row.neg or not is_same:
+            return False
+        given, nbytes = self._dtype(row.dtype), out.numel() * row.itemsize
+        lane = lane_of(self.torch, out.device)
+        if lane is None and (out.device.type != "cpu" or out.dtype == given or nbytes <= CHUNK_NBYTES):
+            return False
+        read = self._part_reader(row.storage, geometry.storage_offset * row.itemsize, nbytes, self._unit(row.dtype))
+        with self.torch.no_grad():
+            flat = out.detach().as_strided((out.numel(),), (1,))
+            if lane is None:
+                cast(self.torch, read, nbytes, given, flat)
+            else:
+                send(lane, ring_of(), read, nbytes, given, flat)
+        return True
 
     # ---------------------------------------------------------------- a part of one tensor
     def slice(self, leaf: Leaf, wanted: Any) -> Any:
@@ -713,14 +848,46 @@ class TensorReader(RowReader):
             if self.place.is_meta:
                 return {number: self._tensor_slowly(number) for number in rows}, self._read_whole(storages, {}, bar)
             units, mixed = self._units(rows.values())
-            whole = self._read_whole([*(s for s in units if s not in mixed), *storages], units, bar)
+            cast = self._cast_whole(rows.values(), {*mixed, *storages}, bar)
+            wanted = [storage for storage in units if not (storage in mixed or storage in cast)]
+            whole = self._read_whole([*wanted, *storages], units, bar)
             made = {}
             for number, row in rows.items():
                 if row.storage in mixed:
                     made[number] = self._tensor_slowly(number)
+                    continue
+                geometry = self.table.geometry(row)
+                if (flat := cast.get(row.storage)) is not None:
+                    tensor = self.torch.empty(0, dtype=flat.dtype, device=flat.device)
+                    tensor.set_(flat.untyped_storage(), *geometry)
                 else:
-                    made[number] = self._finish(self._view(whole[row.storage], row, self.table.geometry(row)), row)
+                    tensor = self._view(whole[row.storage], row, geometry)
+                made[number] = self._finish(tensor, row)
         return made, whole
+
+    def _cast_whole(self, rows: Iterable[Row], but: Container[int], bar: Any) -> dict[int, Any]:
+        """Storages of which each tensor wants the same: as flat tensors, cast once, so that what is tied stays so.
+
+        Those of another dtype, and large ones for a device with a lane. `but`: storages that are read as they are.
+        """
+        if self._cache is not None or self.place.is_call:
+            return {}
+        found: dict[int, set[tuple[int, Any]]] = collections.defaultdict(set)
+        for row in rows:
+            if row.storage not in but:
+                found[row.storage].add((row.dtype, self._wanted(row)))
+        cast = {}
+        for storage, kinds in found.items():
+            nbytes = self.table.storage_nbytes(storage)
+            ((dtype, wanted), *others) = kinds
+            if others or (nbytes < SMALL_TO and wanted == self._dtype(dtype)):
+                continue
+            flat = self._staged(storage, 0, nbytes, dtype, wanted)
+            if flat is not None:
+                cast[storage] = flat
+                if bar is not None:
+                    bar.update(nbytes)
+        return cast
 
     def _shared_plainly(
         self, numbers: Iterable[int], storages: Iterable[int], bar: Any
@@ -817,6 +984,24 @@ def _channels(sizes: tuple[int, ...], axis: int, wanted: Any) -> dict[str, Any]:
     (dim,) = kept
     channels = range(cut.storage_offset, cut.storage_offset + cut.sizes[dim] * cut.strides[dim], cut.strides[dim])
     return {"axis": dim, "channels": channels[::-1] if dim in flips else channels}
+
+
+def _is_laid_out(geometry: Geometry, out: Any) -> bool:
+    """Whether elements of a storage and of a tensor of the same sizes fill their memory in the same order."""
+    if hull(geometry) != out.numel():
+        return False
+    in_a_row = is_contiguous(geometry.sizes, geometry.strides) and out.is_contiguous()
+    return bool(in_a_row or geometry.strides == out.stride())
+
+
+def bump(torch: Any, target: Any) -> None:
+    """Let autograd know that a tensor was written to."""
+    if target.is_inference():
+        return
+    if hasattr(torch.autograd.graph, "increment_version"):
+        torch.autograd.graph.increment_version(target)
+    else:  # torch before 2.2; an empty part shares the counter
+        target.detach().reshape(-1)[:0].zero_()
 
 
 def _check_grad(made: Any, wanted: bool) -> None:
@@ -925,19 +1110,25 @@ class _Place:
             self._table = where
         else:
             self._call = where
+        self.is_call = self._call is not None
         self.is_meta = self.device is not None and self.device.type == "meta"
         self.dtype = options.dtype
         self.special = bool(self.device or self._call or self._table or self.dtype)
+
+    def where(self, location: str) -> Any:
+        """The device for what was saved on one; None for the CPU. Not for callables, which say it of a storage."""
+        device = self.device
+        if self._table is not None:
+            device = self.torch.device(self._table.get(location, "cpu"))
+        return None if device is None or device.type == "cpu" else device
 
     def storage(self, untyped: Any, location: str) -> Any:
         """A CPU storage -> where it belongs. A location without an entry stays on the CPU."""
         if self._call is not None:
             made = self._call(untyped, location)
             return untyped if made is None else getattr(made, "_untyped_storage", made)
-        device = self.device
-        if self._table is not None:
-            device = self.torch.device(self._table.get(location, "cpu"))
-        if device is None or device.type == "cpu":
+        device = self.where(location)
+        if device is None:
             return untyped
         if device.type == "meta":
             return self.torch.UntypedStorage(untyped.nbytes(), device="meta")
