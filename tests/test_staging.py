@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,6 +61,10 @@ class LateLane:
         del target
         self.run(len(self.waiting))
         self.ended += 1
+
+    def handover(self, target: Any) -> Callable[[], None]:
+        del target
+        return lambda: None
 
     def run(self, count: int) -> None:
         with self._lock:
@@ -283,3 +287,12 @@ def test_cuda_pinned_memory_is_read_into(path: Path, cuda: Any) -> None:
     with zipslicer.load(path) as sd:
         assert sd.get_tensor("w", out=out) is out
     assert out.to(cuda).cpu().equal(torch.load(path)["w"])
+
+
+def test_cuda_stream(path: Path, cuda: Any) -> None:
+    expected = torch.load(path)
+    side = torch.cuda.Stream(cuda)
+    with zipslicer.load(path) as sd, torch.cuda.stream(side):
+        for key, value in sd.stream(device={"t*": "cpu", "*": cuda}):
+            assert value.device.type == ("cpu" if key.startswith("t") else "cuda")
+            assert value.cpu().equal(expected[key]), key

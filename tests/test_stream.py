@@ -387,3 +387,48 @@ def test_materialize_shows_progress(many: Path, capsys: pytest.CaptureFixture[st
         assert "100%" in capsys.readouterr().err
         sd.materialize()
         assert not capsys.readouterr().err
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_of_devices(path: Path) -> None:
+    with zipslicer.load(path) as sd:
+        where = {"b": "cpu", "par*": "meta", "*a*": "meta", "[b]": "meta"}
+        found = {key: value.device.type for key, value in sd.stream(device=where)}
+    assert found == {
+        "b": "cpu", "a": "meta", "tied": "cpu", "half": "meta", "empty": "cpu", "scalar": "meta", "parameter": "meta",
+        "sparse": "meta",
+    }  # fmt: skip
+
+
+def test_a_stream_by_the_lane(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the part of a device that has one; what is handed over is waited for by who takes it."""
+    from test_staging import LateLane
+
+    waited = []
+
+    class Lane(LateLane):
+        def handover(self, target: Any) -> Any:
+            def wait() -> None:
+                waited.append((threading.current_thread(), target.data_ptr()))
+
+            return wait
+
+    lane = Lane()
+    monkeypatch.setattr("zipslicer.tensors.lane_of", lambda *_: lane)
+    monkeypatch.setattr("zipslicer.tensors._Place.where", lambda *_: torch.device("cpu"))
+    elsewhere = zipslicer.load(path, map_location={"cpu": "cpu"})  # a map, so that the CPU is a place to go to
+    monkeypatch.setattr("zipslicer.state_dict.View.on", lambda *_: elsewhere._view)
+    expected = torch.load(path)
+    with zipslicer.load(path) as sd:
+        seen = {}
+        for key, value in sd.stream(["b", "a", "tied", "parameter"], device=torch.device("cpu")):
+            assert waited[-1] == (threading.current_thread(), value.data_ptr())
+            seen[key] = value
+    assert len(waited) == len(seen) == 4
+    for key, value in seen.items():
+        assert value.equal(expected[key])
+        assert value.stride() == expected[key].stride()
+    assert isinstance(seen["parameter"], torch.nn.Parameter)
+    assert lane.done == len(lane.waiting) > 0

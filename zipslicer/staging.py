@@ -60,7 +60,11 @@ class Lane(Protocol):
         ...
 
     def end(self, target: Any) -> None:
-        """What the device is told to do from here on comes after the copies."""
+        """What the device is told to do from here on by this thread comes after the copies."""
+        ...
+
+    def handover(self, target: Any) -> Callable[[], None]:
+        """For another thread to call, before it uses what this one has made."""
         ...
 
 
@@ -91,6 +95,19 @@ class CudaLane:
     def end(self, target: Any) -> None:
         self._torch.cuda.current_stream(self._device).wait_stream(self._stream)
         target.record_stream(self._stream)
+
+    def handover(self, target: Any) -> Callable[[], None]:
+        cuda = self._torch.cuda
+        event = cuda.Event()
+        event.record(cuda.current_stream(self._device))
+
+        def wait() -> None:
+            stream = cuda.current_stream(self._device)
+            stream.wait_event(event)
+            if target.layout is self._torch.strided:
+                target.record_stream(stream)
+
+        return wait
 
 
 class Slot:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import copy
+import dataclasses
 import difflib
 import fnmatch
 import html
@@ -67,6 +68,7 @@ class View:
         self.recipe = recipe
         self.held: dict[int, Any] = {}  # containers and placeholders by node
         self._reader: RowReader | None = None
+        self._elsewhere: dict[Any, View] = {}
 
     # ---------------------------------------------------------------- the file; shards.ShardedView has several
     @property
@@ -155,6 +157,14 @@ class View:
         if meaning >= Meaning.NUMPY_ARRAY:
             return array_value(meaning, args, state)
         return self.reader.special(meaning, name, args, state)
+
+    def on(self, device: Any) -> View:
+        """The same file, whose tensors go to a device. Of containers it has its own: for tensors alone."""
+        made = self._elsewhere.get(device)
+        if made is None:
+            options = dataclasses.replace(self.options, map_location=device)
+            made = self._elsewhere.setdefault(device, View(self.table, options, None))
+        return made
 
     def touch(self, position: int, key: Any = None) -> Any:
         """The object of a value. Reads the bytes of one tensor at most; nested containers stay lazy."""
@@ -723,7 +733,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
         Args:
             keys: names or globs ("layer3.*"), as `select` takes them; all by default.
-            device: to where each is moved, in the thread that reads; by default where map_location puts them.
+            device: to where each is moved, in the thread that reads; by default where map_location puts them. A mapping from
+                names or globs to devices says it of each: the name itself counts before a glob, an earlier one before a
+                later one, and what none is for stays. To a CUDA device bytes go by way of pinned memory, chunk by chunk,
+                while the next chunk is read.
             slices: by key a basic index: of these only that part is read.
             budget_bytes: see above.
             progress: show a bar of bytes (needs tqdm).
@@ -737,16 +750,19 @@ class LazyStateDict(MutableMapping[Any, Any]):
         if device is not None and self._view.framework == "np":
             raise ValueError('arrays are on the CPU: device= needs framework="pt"')
         chosen = self if keys is None else self.select(keys)
+        to = _devices(device)
         cut = dict(slices or {})
         wanted = [
-            made for key in chosen.offset_keys() if (made := chosen._wanted(key, cut.pop(key, WHOLE))) is not None
+            made._replace(device=to(made.key))
+            for key in chosen.offset_keys()
+            if (made := chosen._wanted(key, cut.pop(key, WHOLE))) is not None
         ]
         if cut:
             key = next(iter(cut))
             if key in chosen._slots:
                 raise TypeError(f"{key!r} is no tensor")
             raise MissingKeyError(key, chosen._slots)
-        return stream(wanted, budget_nbytes=budget_bytes, device=device, progress=progress)
+        return stream(wanted, budget_nbytes=budget_bytes, progress=progress)
 
     def load_into(
         self,
@@ -1226,6 +1242,20 @@ def _restored(
     made = LazyStateDict._of(view, position, slots, overlay, metadata)
     made._is_edited = is_edited
     return made
+
+
+def _devices(device: Any) -> Callable[[Any], Any]:
+    """What `stream` takes as a device -> the device of a key."""
+    if not isinstance(device, Mapping):
+        return lambda _: device
+
+    def of(key: Any) -> Any:
+        if key in device:
+            return device[key]
+        globs = (each for each in device if isinstance(each, str) and isinstance(key, str))
+        return next((device[each] for each in globs if fnmatch.fnmatchcase(key, each)), None)
+
+    return of
 
 
 def _refuse_torch_save(name: str) -> None:

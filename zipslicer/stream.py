@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .errors import ZipSlicerError
@@ -32,6 +32,7 @@ class Wanted(NamedTuple):
     nbytes: of memory that it will take.
     view: the file that it is in; None for a `value` that is there already.
     index: of a slice, or WHOLE.
+    device: to where it is moved; None leaves it where map_location has put it.
     """
 
     key: Any
@@ -41,6 +42,7 @@ class Wanted(NamedTuple):
     leaf: Leaf | None
     index: Any = WHOLE
     value: Any = None
+    device: Any = None
 
 
 def nbytes_of(view: Any, leaf: Leaf | None, wanted: Any = WHOLE) -> int:
@@ -57,7 +59,7 @@ def nbytes_of(view: Any, leaf: Leaf | None, wanted: Any = WHOLE) -> int:
 
 
 def stream(
-    wanted: Sequence[Wanted], *, budget_nbytes: int, device: Any = None, progress: bool = False
+    wanted: Sequence[Wanted], *, budget_nbytes: int, progress: bool = False
 ) -> Generator[tuple[Any, Any], None, None]:
     """(key, tensor) of each that is wanted, in this order; the generator stops the reading when it is closed.
 
@@ -65,7 +67,7 @@ def stream(
     `.key`, after what stands before it has come.
     """
     bar = bar_of(progress, sum(each.nbytes for each in wanted))
-    return _streamed(wanted, budget_nbytes, device, bar)
+    return _streamed(wanted, budget_nbytes, bar)
 
 
 def bar_of(progress: bool, total: int = 0) -> contextlib.AbstractContextManager[Any]:
@@ -86,9 +88,9 @@ def _opened(tqdm: Any, total: int) -> Iterator[Any]:
 
 
 def _streamed(
-    wanted: Sequence[Wanted], budget_nbytes: int, device: Any, bar: contextlib.AbstractContextManager[Any]
+    wanted: Sequence[Wanted], budget_nbytes: int, bar: contextlib.AbstractContextManager[Any]
 ) -> Generator[tuple[Any, Any], None, None]:
-    ahead = _Ahead(wanted, budget_nbytes, device)
+    ahead = _Ahead(wanted, budget_nbytes)
     with bar as shown:
         try:
             ahead.start()
@@ -106,12 +108,12 @@ class _StoppedError(Exception):
 class _Ahead:
     """The thread that reads, and what it has read."""
 
-    def __init__(self, wanted: Sequence[Wanted], budget_nbytes: int, device: Any) -> None:
+    def __init__(self, wanted: Sequence[Wanted], budget_nbytes: int) -> None:
         self._wanted = wanted
         self._budget = budget_nbytes
-        self._device = device
         self._changed = threading.Condition()
-        self._ready: collections.deque[tuple[Any, Any, int]] = collections.deque()
+        # key, value, bytes, and what the taker is to call first
+        self._ready: collections.deque[tuple[Any, Any, int, Callable[[], None] | None]] = collections.deque()
         self._held = 0  # bytes that are ready, or are being read
         self._error: BaseException | None = None
         self._is_done = self._is_stopped = False
@@ -128,9 +130,11 @@ class _Ahead:
                     raise self._error
                 if self._is_done or (not self._changed.wait(PULSE) and not self._thread.is_alive()):
                     raise RuntimeError("the thread of this stream is gone: it was begun before a fork, in the parent")
-            key, value, nbytes = self._ready.popleft()
+            key, value, nbytes, wait = self._ready.popleft()
             self._held -= nbytes
             self._changed.notify_all()
+        if wait is not None:
+            wait()
         if bar is not None:
             bar.update(nbytes)
         return key, value
@@ -185,6 +189,8 @@ class _Ahead:
 
     def _together(self, group: Sequence[Wanted]) -> list[Any] | None:
         first = group[0]
+        if first.device is not None and first.view is not None and first.view.reader.lane_to(first.device) is not None:
+            return None
         if any(each.view is not first.view or each.leaf is None or each.index is not WHOLE for each in group):
             return None
         reader = first.view.reader
@@ -198,17 +204,22 @@ class _Ahead:
         if each.view is None:
             return each.value if each.index is WHOLE else each.value[each.index]
         if each.index is WHOLE:
-            return each.view.touch(each.position, each.key)
+            lane = None if each.device is None else each.view.reader.lane_to(each.device)
+            view = each.view if lane is None else each.view.on(each.device)
+            return view.touch(each.position, each.key)
         try:
             return each.view.reader.slice(each.leaf, each.index)
         except ZipSlicerError as error:
             raise error.located(path=each.view.path, key=each.key) from None
 
     def _give(self, each: Wanted, value: Any) -> None:
-        if self._device is not None:
-            value = value.to(self._device)
+        wait = None
+        if each.device is not None:
+            value = value.to(each.device)
+            lane = None if each.view is None else each.view.reader.lane_to(each.device)
+            wait = None if lane is None else lane.handover(value)
         with self._changed:
-            self._ready.append((each.key, value, each.nbytes))
+            self._ready.append((each.key, value, each.nbytes, wait))
             self._changed.notify_all()
 
 
@@ -217,7 +228,8 @@ def _groups(wanted: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
     group: list[Wanted] = []
     nbytes = 0
     for each in wanted:
-        fits = group and each.view is group[0].view and each.index is WHOLE and group[0].index is WHOLE
+        alike = group and each.view is group[0].view and each.device == group[0].device
+        fits = alike and each.index is WHOLE and group[0].index is WHOLE
         if group and not (fits and nbytes + each.nbytes <= most and len(group) < GROUP_COUNT):
             yield group
             group, nbytes = [], 0

@@ -23,7 +23,7 @@ from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .source import OpenFile
-from .staging import CHUNK_NBYTES, cast, lane_of, memory_of, ring_of, send
+from .staging import CHUNK_NBYTES, Lane, cast, lane_of, memory_of, ring_of, send
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
 __all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "portions"]
@@ -669,6 +669,10 @@ class TensorReader(RowReader):
         if dtype >= len(DTYPES):
             return untyped
         return torch.storage.TypedStorage(wrap_storage=untyped, dtype=self._dtype(dtype), _internal=True)
+
+    def lane_to(self, device: Any) -> Lane | None:
+        """The lane to a device by whatever name; None where there is none, and tensors are moved in another way."""
+        return lane_of(self.torch, self.torch.device(device))
 
     # ---------------------------------------------------------------- into memory that is there
     def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
