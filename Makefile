@@ -30,7 +30,7 @@ BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
 PYTHON_FOLDERS := zipslicer tests benchmarks examples
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc benchmarks/*.cc)
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile

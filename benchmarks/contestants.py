@@ -21,6 +21,7 @@ import json
 import mmap
 import os
 import random
+import subprocess
 import sys
 import time
 import zlib
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from make_files import CACHE, EMBEDDING
+from make_files import CACHE, EMBEDDING, HIDDEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ Tensors = dict[str, torch.Tensor]
 SMALL_READS = 2000  # timed, of distinct random keys
 SMALL_READS_BEFORE = 50  # of other keys, not timed
 ROWS = slice(1000, 1500)
+COLUMNS = slice(0, HIDDEN // 2)
+RAW = "raw C++ read"  # the one that takes part in the case "whole" alone, and has no values to compare
 TOUCHED = 256 << 20  # bytes of huge pages that are touched before the clock, beside what the work is known to need
 TOUCHED_SMALL = 512 << 20  # the same of small pages
 HOLD_SECONDS = 2.5
@@ -71,6 +74,14 @@ class Contestant:
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         raise NotImplementedError
 
+    def small(self, path: str) -> Tensors:
+        """All of many small tensors; here alone they may be views of the file, of who gives such."""
+        return self.whole(path)
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        """Some columns of a matrix, in memory of their own; of who reads tensors whole, cut out of the whole."""
+        raise NotImplementedError
+
 
 class Zipslicer(Contestant):
     def __init__(self) -> None:
@@ -97,6 +108,9 @@ class Zipslicer(Contestant):
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path).get_slice(key)[rows]
 
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path).get_slice(key)[:, columns]
+
 
 class TorchLoad(Contestant):
     lazy = False
@@ -110,6 +124,9 @@ class TorchLoad(Contestant):
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path)[key][rows].clone()
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path)[key][:, columns].clone()
 
 
 class TorchLoadMmap(Contestant):
@@ -125,6 +142,12 @@ class TorchLoadMmap(Contestant):
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path)[key][rows].clone()
+
+    def small(self, path: str) -> Tensors:
+        return self.open(path)
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path)[key][:, columns].clone()
 
 
 class SafetensorsMmap(Contestant):
@@ -149,6 +172,13 @@ class SafetensorsMmap(Contestant):
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path).get_slice(key)[rows].clone()
 
+    def small(self, path: str) -> Tensors:
+        handle = self.open(path)
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 it is no mapping
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path).get_tensor(key)[:, columns].clone()
+
 
 class SafetensorsPread(SafetensorsMmap):
     def open(self, path: str) -> Any:
@@ -164,6 +194,9 @@ class SafetensorsPread(SafetensorsMmap):
 
     def whole(self, path: str) -> Tensors:
         return self.open(path).get_tensors()
+
+    def small(self, path: str) -> Tensors:
+        return self.whole(path)
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path).get_slice(key)[rows]
@@ -187,6 +220,9 @@ class FabricLazyLoad(Contestant):
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path)[key]._load_tensor()[rows].clone()
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path)[key]._load_tensor()[:, columns].clone()
 
 
 class Zipslicer081(Contestant):
@@ -213,6 +249,31 @@ class Zipslicer081(Contestant):
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path)[key][rows].clone()
 
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path)[key][:, columns].clone()
+
+
+class RawRead(Contestant):
+    """No library: raw_read.cc, the bytes of the file into memory of their own. It opens nothing and makes no tensor."""
+
+    def __init__(self) -> None:
+        library = CACHE / "libraw_read.so"
+        if not library.exists():
+            source = Path(__file__).parent / "raw_read.cc"
+            flags = ["-O2", "-shared", "-fPIC", "-pthread"]
+            subprocess.run(["c++", *flags, "-o", str(library), str(source)], check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.raw_allocate.restype = ctypes.c_void_p
+        self.threads = len(os.sched_getaffinity(0))
+
+    def whole(self, path: str) -> Tensors:
+        nbytes = Path(path).stat().st_size
+        memory = self.library.raw_allocate(ctypes.c_size_t(nbytes))
+        to = ctypes.c_void_p(memory)
+        if not memory or self.library.raw_read(os.fsencode(path), to, ctypes.c_size_t(nbytes), self.threads):
+            raise RuntimeError(f"raw_read.cc could not read {path}")
+        return {}
+
 
 CONTESTANTS: dict[str, type[Contestant]] = {
     "native": Zipslicer,
@@ -223,6 +284,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "safetensors pread": SafetensorsPread,
     "fabric _lazy_load": FabricLazyLoad,
     "zipslicer 0.8.1": Zipslicer081,
+    RAW: RawRead,
 }
 
 
@@ -271,12 +333,22 @@ def rows(contestant: Contestant, path: str, _seed: int) -> Timed:
     return timed(lambda: {EMBEDDING: contestant.rows(path, EMBEDDING, ROWS)})
 
 
+def small(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: contestant.small(path))
+
+
+def columns(contestant: Contestant, path: str, _seed: int) -> Timed:
+    return timed(lambda: {EMBEDDING: contestant.columns(path, EMBEDDING, COLUMNS)})
+
+
 CASES: dict[str, tuple[str, Callable[[Contestant, str, int], Timed]]] = {  # name -> file, work
     "keys": ("many", keys),
     "one": ("many", one),
     "whole": ("model", whole),
     "some": ("model", some),
     "rows": ("model", rows),
+    "small": ("many", small),
+    "columns": ("model", columns),
 }
 
 
@@ -286,12 +358,17 @@ CASES: dict[str, tuple[str, Callable[[Contestant, str, int], Timed]]] = {  # nam
 def rehearse(contestant: Contestant) -> None:
     """Do every kind of work on a tiny file: what a library imports or sets up once belongs to no sample."""
     path = str(CACHE / f"tiny{contestant.suffix}")
+    if isinstance(contestant, RawRead):
+        contestant.whole(path)
+        return
     contestant.keys(path)
     if contestant.lazy:
         contestant.getter(path)("a")
     contestant.whole(path)
     contestant.some(path, ("b",))
     contestant.rows(path, "a", slice(1, 2))
+    contestant.small(path)
+    contestant.columns(path, "a", slice(0, 2))
 
 
 def read_once(path: str) -> int:
@@ -378,7 +455,9 @@ def measure(case: str, contestant_name: str, seed: int) -> dict[str, Any]:
     growth = proc_bytes("/proc/self/status", "VmHWM") - resident
     if isinstance(result, list):
         return {"seconds": seconds, "digest": zlib.crc32("\n".join(sorted(result)).encode())}
-    shown = mapped_files()
+    if isinstance(contestant, RawRead):
+        return {"seconds": seconds, "kept": nbytes, "growth": growth, "digest": None}
+    shown = [] if case == "small" else mapped_files()
     for name, tensor in result.items():
         address = tensor.data_ptr()
         if any(start <= address < end for start, end in shown):

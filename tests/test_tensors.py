@@ -784,6 +784,25 @@ def test_out_of_another_shape_or_kind(tree: tuple[Path, dict[str, Any]]) -> None
             sd.get_slice("large").read([0], out=dense)
 
 
+def test_out_keeps_what_is_between_its_elements() -> None:
+    """Elements that many indices share, with gaps: as many bytes as the hull has, and not the same."""
+    value = torch.arange(9.0).as_strided((3, 3), (0, 4))
+    memory = torch.full((9,), -1.0)
+    with loaded({"w": value}) as sd:
+        out = torch.full((3, 3), -1.0)
+        assert sd.get_tensor("w", out=out).equal(value)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            sd.get_tensor("w", out=memory.as_strided((3, 3), (0, 4)))
+    assert memory[1:4].tolist() == [-1, -1, -1]
+
+
+def test_out_without_memory() -> None:
+    out = torch.zeros(1000)
+    out.untyped_storage().resize_(0)
+    with loaded({"w": torch.ones(1000)}) as sd, pytest.raises(ValueError, match="too small"):
+        sd.get_tensor("w", out=out)
+
+
 def test_out_as_arrays(tree: tuple[Path, dict[str, Any]]) -> None:
     path, expected = tree
     with zipslicer.load(path, framework="np") as sd:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Union
 
 from .backend import JOB_FIELDS, Job
 from .errors import ZipSlicerError
-from .plan import Geometry, hull
+from .plan import hull
 from .state_dict import LazyStateDict, materialize
 from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
-from .tensors import bump, portions
+from .tensors import bump, has_memory, portions
 
 __all__ = ["KeyMap", "LoadReport", "load_into"]
 
@@ -330,7 +330,7 @@ class _Loading:
         if info.shape != shape and not (shape == () and info.shape == (1,)):  # torch 0.3 had no tensors of shape ()
             report.mismatches.append((name, f"the file has the shape {info.shape}, the target {shape}"))
             return []
-        if put is None and not self._has_memory(target):
+        if put is None and not has_memory(self.torch, target):
             report.mismatches.append((name, "the storage of the target was resized, and is too small for it"))
             return []
         if id(target) in self.seen and put is None:
@@ -342,15 +342,6 @@ class _Loading:
             return [Task(name, info, target, put, None, position, None, own._overlay[key])]
         view, position = own._view.at(position)
         return [Task(name, info, target, put, view, position, view.table.leaf(position))]
-
-    def _has_memory(self, target: Any) -> bool:
-        """False as FSDP leaves parameters whose memory it has given back: torch would write to it all the same."""
-        if type(target) not in (self.torch.Tensor, self.torch.nn.Parameter) or target.layout is not self.torch.strided:
-            return True
-        geometry = Geometry(target.storage_offset(), tuple(target.shape), target.stride())
-        extent = hull(geometry)
-        needed = (geometry.storage_offset + extent) * target.itemsize if extent else 0
-        return bool(target.untyped_storage().nbytes() >= needed)
 
     def _dtype_of(self, info: TensorInfo, target: Any, put: Any) -> Any:
         """What a tensor of the file becomes."""

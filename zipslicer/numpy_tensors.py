@@ -217,7 +217,9 @@ class ArrayReader(RowReader):
 
     # ---------------------------------------------------------------- into memory that is there
     def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
-        if leaf.composite is not None or not self._is_plain or not out.flags.c_contiguous or not out.size:
+        if leaf.composite is not None or not self._is_plain or not out.size:
+            return None
+        if not (out.flags.c_contiguous and out.flags.writeable):
             return None
         row = self.table.row(leaf.number)
         geometry, flips = index(self.table.geometry(row), wanted)
@@ -272,9 +274,7 @@ class ArrayReader(RowReader):
         count = numel(geometry.sizes)
         if not count:
             return self._array(None, dtype, *geometry)
-        if (
-            self._is_mapped and self.table.direct[row.storage] >= 0
-        ):  # a view of the file, as an index of NumPy gives one
+        if self._is_as_in_file(row.storage):  # a view of the file, as an index of NumPy gives one
             start, extent = geometry.storage_offset, hull(geometry)
             flat = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
             return self._array(flat, dtype, 0, geometry.sizes, geometry.strides)

@@ -19,14 +19,14 @@ from .arrays import array_value, floating_dtype
 from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Hot, Job, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
-from .plan import Geometry, Piece, hull, index, is_contiguous, numel, pieces
+from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .source import OpenFile
 from .staging import CHUNK_NBYTES, Lane, cast, lane_of, memory_of, ring_of, send
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "portions"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "has_memory", "portions"]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
@@ -368,9 +368,8 @@ class RowReader(abc.ABC):
         allocate = self._archive.backend.allocate
         if nbytes < DIRECT_FROM:
             return allocate(nbytes)
-        offset = (
-            self._archive.extent(record)[0] + start
-        )  # proved first: a header that is read along would be in the way
+        # Proved first: a header that is read along would be in the way.
+        offset = self._archive.extent(record)[0] + start
         view = memoryview(allocate(nbytes + 2 * DIRECT_NBYTES))
         first = (offset - ctypes.addressof(ctypes.c_char.from_buffer(view))) % DIRECT_NBYTES
         return view[first : first + nbytes]
@@ -700,6 +699,8 @@ class TensorReader(RowReader):
             out.copy_(value)
 
     def fill(self, leaf: Leaf, out: Any, wanted: Any = ()) -> None:
+        if not has_memory(self.torch, out):
+            raise ValueError("the storage of out was resized, and is too small for it")
         if not self.stage_into(leaf, out, wanted):
             super().fill(leaf, out, wanted)
         bump(self.torch, out)
@@ -801,9 +802,7 @@ class TensorReader(RowReader):
         def viewed(untyped: Any, sizes: Sequence[int], strides: Sequence[int]) -> Any:
             return torch.empty(0, dtype=carrier, device="cpu").set_(untyped, 0, sizes, strides)
 
-        if (
-            self._is_mapped and self.table.direct[row.storage] >= 0
-        ):  # a view of the file, as an index of torch gives one
+        if self._is_as_in_file(row.storage):  # a view of the file, as an index of torch gives one
             start, extent = geometry.storage_offset, hull(geometry)
             whole = self._storage(row.storage, start * itemsize, extent * itemsize, unit)
             return viewed(whole, geometry.sizes, geometry.strides)
@@ -872,7 +871,8 @@ class TensorReader(RowReader):
     def _cast_whole(self, rows: Iterable[Row], but: Container[int], bar: Any) -> dict[int, Any]:
         """Storages of which each tensor wants the same: as flat tensors, cast once, so that what is tied stays so.
 
-        Those of another dtype, and large ones for a device with a lane. `but`: storages that are read as they are.
+        Those of another dtype, and large ones for a device with a lane. `but`: storages that are read as they are. Small
+        ones are read together, large ones by chunks.
         """
         if self._cache is not None or self.place.is_call:
             return {}
@@ -880,18 +880,28 @@ class TensorReader(RowReader):
         for row in rows:
             if row.storage not in but:
                 found[row.storage].add((row.dtype, self._wanted(row)))
-        cast = {}
+        made: dict[int, Any] = {}
+        together: list[tuple[int, int, Any]] = []
         for storage, kinds in found.items():
             nbytes = self.table.storage_nbytes(storage)
             ((dtype, wanted), *others) = kinds
-            if others or (nbytes < SMALL_TO and wanted == self._dtype(dtype)):
+            if others:
                 continue
-            flat = self._staged(storage, 0, nbytes, dtype, wanted)
+            flat = None if nbytes < SMALL_TO else self._staged(storage, 0, nbytes, dtype, wanted)
             if flat is not None:
-                cast[storage] = flat
+                made[storage] = flat
                 if bar is not None:
                     bar.update(nbytes)
-        return cast
+            elif nbytes and wanted != self._dtype(dtype):
+                together.append((storage, dtype, wanted))
+        nbytes_of, locations = self.table.storage_nbytes, self.table.program.locations
+        read = self._storages([(s, 0, nbytes_of(s), self._unit(dtype)) for s, dtype, _ in together], bar)
+        for (storage, dtype, wanted), untyped in zip(together, read):
+            given = self._dtype(dtype)
+            placed = self.place.storage(untyped, locations[storage])
+            flat = self.torch.empty(0, dtype=given, device=placed.device)
+            made[storage] = flat.set_(placed, 0, (nbytes_of(storage) // given.itemsize,), (1,)).to(wanted)
+        return made
 
     def _shared_plainly(
         self, numbers: Iterable[int], storages: Iterable[int], bar: Any
@@ -992,10 +1002,19 @@ def _channels(sizes: tuple[int, ...], axis: int, wanted: Any) -> dict[str, Any]:
 
 def _is_laid_out(geometry: Geometry, out: Any) -> bool:
     """Whether elements of a storage and of a tensor of the same sizes fill their memory in the same order."""
-    if hull(geometry) != out.numel():
-        return False
+    if hull(geometry) != out.numel() or may_overlap(geometry.sizes, geometry.strides):
+        return False  # with gaps, which are somebody else's memory
     in_a_row = is_contiguous(geometry.sizes, geometry.strides) and out.is_contiguous()
     return bool(in_a_row or geometry.strides == out.stride())
+
+
+def has_memory(torch: Any, target: Any) -> bool:
+    """False as FSDP leaves parameters whose memory it has given back: torch would write to it all the same."""
+    if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout is not torch.strided:
+        return True
+    extent = hull(Geometry(0, tuple(target.shape), target.stride()))
+    needed = (target.storage_offset() + extent) * target.itemsize if extent else 0
+    return bool(target.untyped_storage().nbytes() >= needed)
 
 
 def bump(torch: Any, target: Any) -> None:
