@@ -14,6 +14,7 @@
 #include <thread>
 
 #ifndef _WIN32
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -30,6 +31,10 @@ constexpr int kMaxThreads = 64;  // more do not read faster, and a caller's typi
 constexpr std::uint64_t kNear = 4096;
 constexpr std::uint64_t kHeaderRoom = 8 << 10;  // of local header read along; torch pads them to 4 KiB at most
 constexpr std::size_t kMaxScratch = 256 << 10;  // headers of one call, and gaps beside them; stays in the cache
+// Of calls that wait for a disk so many are announced to the system at once, which then fetches them side by side. Only
+// small ones: what is large keeps a disk busy by itself.
+constexpr std::size_t kAnnounced = 64;
+constexpr std::uint64_t kAnnouncedTo = 1 << 20;  // bytes
 constexpr auto kPollInterval = std::chrono::milliseconds(100);
 
 #if defined(__GNUC__)
@@ -312,6 +317,9 @@ class Run {
           return;
         }
         offset = plan_.begin(plan_.calls()[i])->offset;
+        if (i % kAnnounced == 0) {
+          announce(i);
+        }
         read(plan_.calls()[i], room);
         if (poll && std::chrono::steady_clock::now() - polled > kPollInterval) {
           poll();
@@ -322,6 +330,21 @@ class Run {
       fail(error.offset);
     } catch (...) {
       fail(offset);
+    }
+  }
+
+  // Tells the system of the calls after this one, if the disk will be waited for.
+  void announce(std::size_t i) const {
+    const std::size_t end = std::min(i + kAnnounced, plan_.calls().size());
+    if (i + 1 >= end || !reader_.waits(plan_.begin(plan_.calls()[i])->offset)) {
+      return;
+    }
+    for (++i; i < end; ++i) {
+      const std::uint64_t offset = plan_.begin(plan_.calls()[i])->offset;
+      const std::uint64_t nbytes = (plan_.end(plan_.calls()[i]) - 1)->end() - offset;
+      if (nbytes <= kAnnouncedTo) {
+        reader_.advise(offset, nbytes);
+      }
     }
   }
 
@@ -645,6 +668,25 @@ std::size_t PosixReader::preadv(const iovec* parts, int count, std::uint64_t off
     }
     direct_fd_.store(-1, std::memory_order_relaxed);  // refused, as by a disk that wants another alignment
   }
+}
+
+bool PosixReader::waits(std::uint64_t offset) const {
+#ifdef RWF_NOWAIT
+  char one;
+  const iovec part{&one, 1};
+  return ::preadv2(fd_, &part, 1, static_cast<off_t>(offset), RWF_NOWAIT) < 0 && errno == EAGAIN;
+#else
+  static_cast<void>(offset);
+  return false;
+#endif
+}
+
+void PosixReader::advise(std::uint64_t offset, std::uint64_t nbytes) const {
+#ifdef POSIX_FADV_WILLNEED
+  ::posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(nbytes), POSIX_FADV_WILLNEED);
+#else
+  static_cast<void>(offset), static_cast<void>(nbytes);
+#endif
 }
 
 bool PosixReader::changed() const {

@@ -48,6 +48,12 @@ class Reader {
   // Whether preadv may be called by several threads at once.
   [[nodiscard]] virtual bool parallel() const { return false; }
 
+  // Whether a read at offset would have to wait for a disk. What cannot tell says no.
+  [[nodiscard]] virtual bool waits(std::uint64_t /*offset*/) const { return false; }
+
+  // Lets the system fetch bytes that will be read soon.
+  virtual void advise(std::uint64_t /*offset*/, std::uint64_t /*nbytes*/) const {}
+
   // Whether this is no longer the file that was opened. A source that cannot tell says no.
   [[nodiscard]] virtual bool changed() const { return false; }
 };
@@ -69,6 +75,8 @@ class PosixReader final : public Reader {
 
   std::size_t preadv(const iovec* parts, int count, std::uint64_t offset) override;
   [[nodiscard]] bool parallel() const override { return true; }
+  [[nodiscard]] bool waits(std::uint64_t offset) const override;
+  void advise(std::uint64_t offset, std::uint64_t nbytes) const override;
   [[nodiscard]] bool changed() const override;
 
   // Fills the parts from the page cache without ever waiting for a disk. False if that cannot be done; then they hold

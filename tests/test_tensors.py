@@ -698,6 +698,22 @@ def test_direct_reads_past_the_page_cache(tree: tuple[Path, dict[str, Any]]) -> 
     assert is_cached(path, offset)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no page cache to be emptied here")
+def test_scattered_tensors_of_a_cold_file(tmp_path: Path) -> None:
+    """Those to come are announced; what is announced is no more than that, and what is read is right."""
+    path, between = tmp_path / "m.pth", torch.zeros(5000)
+    tree: dict[str, Any] = {}
+    for i in range(150):
+        tree |= {f"w{i}": torch.full((9,), float(i)), f"b{i}": between + i}
+    torch.save(tree, path)
+    keys = [f"w{i}" for i in range(150)]
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with zipslicer.load(path) as sd:
+        assert all(tensor.equal(torch.full((9,), float(key[1:]))) for key, tensor in sd.get_tensors(keys).items())
+
+
 @pytest.mark.parametrize("at", ["open", "read"])
 def test_direct_falls_back(tree: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     path, expected = tree

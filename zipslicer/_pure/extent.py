@@ -28,6 +28,10 @@ NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memo
 # Of many small reads so many are done together: what is made for them is gone before the garbage collector, whose rounds
 # cost more than the reading, looks at it.
 BATCH = 512
+# Of calls that wait for a disk so many are announced to the system at once, which then fetches them side by side. Only
+# small ones: what is large keeps a disk busy by itself.
+ANNOUNCED = 64
+ANNOUNCED_TO = 1 << 20  # bytes
 MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 TENSOR_KIND = 11  # backend.Kind.TENSOR
@@ -155,7 +159,9 @@ def _read(handle: Any, pieces: list[Piece], threads: int) -> None:
 def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, threads: int) -> None:
     preadv = _preadv(handle)
     if threads < 2 or len(calls) < 2 or not isinstance(handle, (int, tuple)) or nbytes < THREADS_FROM:
-        for offset, buffers in calls:
+        for i, (offset, buffers) in enumerate(calls):
+            if i % ANNOUNCED == 0:
+                _announce(handle, calls, i)
             _fill(preadv, buffers, offset)
         return
     turn = itertools.count()  # next() on it is atomic, in free-threaded Python too
@@ -164,6 +170,8 @@ def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, thr
     def work() -> None:
         try:
             while not errors and (i := next(turn)) < len(calls):
+                if i % ANNOUNCED == 0:
+                    _announce(handle, calls, i)
                 _fill(preadv, calls[i][1], calls[i][0])
         except BaseException as error:  # handed to the caller below
             errors.append(error)
@@ -180,6 +188,22 @@ def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, thr
             worker.join()
     if errors:
         raise errors[0]
+
+
+def _announce(handle: Any, calls: list[tuple[int, list[memoryview]]], i: int) -> None:
+    """Tell the system of the calls after this one, if a disk will be waited for."""
+    if i + 1 == len(calls) or not isinstance(handle, (int, tuple)) or not hasattr(os, "RWF_NOWAIT"):
+        return
+    fd = handle if isinstance(handle, int) else handle[0]
+    try:
+        os.preadv(fd, [bytearray(1)], calls[i][0], os.RWF_NOWAIT)
+    except BlockingIOError:
+        for offset, buffers in calls[i + 1 : i + ANNOUNCED]:
+            nbytes = sum(map(len, buffers))
+            if nbytes <= ANNOUNCED_TO:
+                os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    except OSError:  # a file system that cannot tell
+        return
 
 
 def read_bytes(handle: Any, offset: int, nbytes: int) -> bytes:
