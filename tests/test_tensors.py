@@ -634,6 +634,16 @@ def test_mmap_reads_what_it_cannot_show(tmp_path: Path) -> None:
             assert sd.materialize()["v"].equal(torch.arange(7.0, dtype=dtype))
 
 
+def test_mmap_of_a_file_that_was_cut_short(tree: tuple[Path, dict[str, Any]]) -> None:
+    """As far as can be told before a page is touched."""
+    path, _ = tree
+    with zipslicer.load(path, mmap=True) as sd:
+        os.truncate(path, path.stat().st_size // 2)
+        for key in ("large", "small"):
+            with pytest.raises(zipslicer.ZipSlicerError, match=r"changed|shorter"):
+                sd[key]
+
+
 def test_mmap_as_arrays(tree: tuple[Path, dict[str, Any]]) -> None:
     pytest.importorskip("numpy")
     path, expected = tree

@@ -80,7 +80,7 @@ class OpenFile:
             self.close()
             raise
         self.size = facts.st_size
-        self.stamp = array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes()
+        self.stamp = _stamp_of(facts)
         self._lock = threading.Lock()
         # An attribute, looked up for each tensor that is read: closing replaces it.
         self.handle: Handle = self._fd if hasattr(os, "preadv") else self
@@ -93,17 +93,18 @@ class OpenFile:
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         except OSError:  # a file system in memory, or one of another kind that has no such reads
             return
-        facts = os.fstat(fd)
-        if array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes() != self.stamp:
+        if _stamp_of(os.fstat(fd)) != self.stamp:
             os.close(fd)  # another file by now
             return
         self._direct_fd, self.handle = fd, (self._fd, fd)
 
     def mapped(self) -> memoryview:
-        """The file in memory, each page copied when it is written to; mapped once. Raises: OSError."""
+        """The file in memory, each page copied when it is written to; mapped once. Raises: OSError, ChangedError."""
         with self._lock:
             if self._fd < 0:
                 raise ValueError("the checkpoint is closed")
+            if _stamp_of(os.fstat(self._fd)) != self.stamp:
+                raise ChangedError("the file was changed after it was opened", path=self.path)
             if self._mapped is None:
                 # NORESERVE: a file that is larger than the memory may be mapped, too. Python names the flag from 3.13 on.
                 private = {}
@@ -136,6 +137,10 @@ class OpenFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+def _stamp_of(facts: os.stat_result) -> bytes:
+    return array("q", (facts.st_size, facts.st_mtime_ns, facts.st_ino)).tobytes()
 
 
 class LocalFile(OpenFile):
