@@ -258,8 +258,8 @@ class RawRead(Contestant):
 
     def __init__(self) -> None:
         library = CACHE / "libraw_read.so"
-        if not library.exists():
-            source = Path(__file__).parent / "raw_read.cc"
+        source = Path(__file__).parent / "raw_read.cc"
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
             flags = ["-O2", "-shared", "-fPIC", "-pthread"]
             subprocess.run(["c++", *flags, "-o", str(library), str(source)], check=True)
         self.library = ctypes.CDLL(str(library))

@@ -78,6 +78,13 @@ def _preadv(handle: Any) -> Preadv:
     return handle.preadv  # type: ignore[no-any-return]
 
 
+def _descriptor(handle: Any) -> int | None:
+    """The one that reads through the page cache; None for an object, which has none."""
+    if isinstance(handle, tuple):
+        handle = handle[0]
+    return handle if isinstance(handle, int) else None
+
+
 def _direct(fd: int, direct_fd: int) -> Preadv:
     """Reads whole pages past the page cache where place and memory allow it; what is before and after, through it."""
     import ctypes
@@ -158,7 +165,7 @@ def _read(handle: Any, pieces: list[Piece], threads: int) -> None:
 
 def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, threads: int) -> None:
     preadv = _preadv(handle)
-    if threads < 2 or len(calls) < 2 or not isinstance(handle, (int, tuple)) or nbytes < THREADS_FROM:
+    if threads < 2 or len(calls) < 2 or _descriptor(handle) is None or nbytes < THREADS_FROM:
         for i, (offset, buffers) in enumerate(calls):
             if i % ANNOUNCED == 0:
                 _announce(handle, calls, i)
@@ -192,9 +199,9 @@ def _do(handle: Any, calls: list[tuple[int, list[memoryview]]], nbytes: int, thr
 
 def _announce(handle: Any, calls: list[tuple[int, list[memoryview]]], i: int) -> None:
     """Tell the system of the calls after this one, if a disk will be waited for."""
-    if i + 1 == len(calls) or not isinstance(handle, (int, tuple)) or not hasattr(os, "RWF_NOWAIT"):
+    fd = _descriptor(handle)
+    if i + 1 == len(calls) or fd is None or not hasattr(os, "RWF_NOWAIT"):
         return
-    fd = handle if isinstance(handle, int) else handle[0]
     try:
         os.preadv(fd, [bytearray(1)], calls[i][0], os.RWF_NOWAIT)
     except BlockingIOError:
@@ -344,9 +351,10 @@ def _prove(preadv: Preadv, head: bytes, block: bytes, entries: Any, record: int)
 
 
 def _check_stamp(handle: Any, stamp: bytes) -> None:
-    if not stamp or not isinstance(handle, (int, tuple)):
+    fd = _descriptor(handle)
+    if not stamp or fd is None:
         return
-    now = os.fstat(handle if isinstance(handle, int) else handle[0])
+    now = os.fstat(fd)
     if array("q", (now.st_size, now.st_mtime_ns, now.st_ino)).tobytes() != stamp:
         raise ChangedError("the file was changed after it was opened")
 
