@@ -192,6 +192,10 @@ class Plan {
 
   [[nodiscard]] std::uint64_t total() const { return total_; }
   [[nodiscard]] const std::vector<Call>& calls() const { return calls_; }
+  // Calls [task, next task) are done by one thread: those that begin in one huge page, which two threads would both
+  // fault in, and clear twice.
+  [[nodiscard]] std::size_t tasks() const { return tasks_.size(); }
+  [[nodiscard]] std::size_t task(std::size_t i) const { return i < tasks_.size() ? tasks_[i] : calls_.size(); }
   [[nodiscard]] const Part* begin(const Call& call) const { return parts_.data() + call.first; }
   [[nodiscard]] const Part* end(const Call& call) const { return parts_.data() + call.last; }
   [[nodiscard]] std::size_t most_scratch() const { return most_scratch_; }
@@ -206,6 +210,11 @@ class Plan {
 
   void add(const Part& part) {
     if (!join(part)) {
+      const std::uintptr_t page = reinterpret_cast<std::uintptr_t>(part.to.data) / kHugePage;
+      if (part.is_header() || tasks_.empty() || page != page_) {
+        tasks_.push_back(calls_.size());
+        page_ = page;
+      }
       calls_.push_back({parts_.size(), parts_.size()});
       wanted_ = scratch_ = 0;
       iovecs_ = 0;
@@ -240,6 +249,8 @@ class Plan {
   std::size_t chunk_;
   std::vector<Part> parts_;
   std::vector<Call> calls_;
+  std::vector<std::size_t> tasks_;
+  std::uintptr_t page_ = 0;  // in which the last task's memory begins
   // Of the last call:
   std::size_t wanted_ = 0;
   std::size_t scratch_ = 0;
@@ -303,7 +314,7 @@ class Run {
     if (!reader_.parallel() || plan_.total() < kThreadsFrom) {
       return 1;
     }
-    return std::min(static_cast<std::size_t>(std::clamp(threads, 1, kMaxThreads)), plan_.calls().size());
+    return std::min(static_cast<std::size_t>(std::clamp(threads, 1, kMaxThreads)), plan_.tasks());
   }
 
   void work(const Poll& poll) {
@@ -311,19 +322,20 @@ class Run {
     try {
       Room room(plan_);
       auto polled = std::chrono::steady_clock::now();
-      while (!stopped_.load(std::memory_order_relaxed)) {
-        const std::size_t i = next_.fetch_add(1, std::memory_order_relaxed);
-        if (i >= plan_.calls().size()) {
-          return;
-        }
-        offset = plan_.begin(plan_.calls()[i])->offset;
-        if (i % kAnnounced == 0) {
-          announce(i);
-        }
-        read(plan_.calls()[i], room);
-        if (poll && std::chrono::steady_clock::now() - polled > kPollInterval) {
-          poll();
-          polled = std::chrono::steady_clock::now();
+      for (std::size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < plan_.tasks();) {
+        for (std::size_t i = plan_.task(task); i != plan_.task(task + 1); ++i) {
+          if (stopped_.load(std::memory_order_relaxed)) {
+            return;
+          }
+          offset = plan_.begin(plan_.calls()[i])->offset;
+          if (i % kAnnounced == 0) {
+            announce(i);
+          }
+          read(plan_.calls()[i], room);
+          if (poll && std::chrono::steady_clock::now() - polled > kPollInterval) {
+            poll();
+            polled = std::chrono::steady_clock::now();
+          }
         }
       }
     } catch (const Error& error) {
