@@ -1,57 +1,37 @@
-"""One sample of one contestant at one case, in this fresh process: a line of JSON out. `run.py` starts it.
+"""How each library does each piece of work, in the best way that its own interface offers.
 
-    python benchmarks/contestants.py CASE CONTESTANT [--seed N]
-
-What is equal for all, before the clock starts: torch and the contestant are imported and have read a tiny file; the
-file of the case has been read once, so that it lies in the page cache; memory has been touched and given back, since a
-virtual machine otherwise fetches it from its host inside the clock, ten times as slowly, and who pays is a matter of luck;
-and the tiny file was read again, so that code is in the processor's caches, which the touching has emptied.
-What is equal after it has stopped: the tensors must lie in memory of their own, and their bytes are hashed.
-
-Every contestant does the case in the best way that its own interface offers. Memory is the growth of the peak resident
-set (VmHWM) from the start of the clock on; pages of a mapped file count, because they do in any memory limit.
+Contestants read the same tensors: those of this format read NAME.pth, the others its safetensors twin. What they give
+lies in memory of its own, unless a method says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import gc
 import json
-import mmap
 import os
-import random
 import subprocess
 import sys
-import time
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from make_files import CACHE, EMBEDDING, HIDDEN
+from make_files import CACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 Tensors = dict[str, torch.Tensor]
+Wanted = "Callable[[str], bool]"  # which keys
 
-SMALL_READS = 2000  # timed, of distinct random keys
-SMALL_READS_BEFORE = 50  # of other keys, not timed
-ROWS = slice(1000, 1500)
-COLUMNS = slice(0, HIDDEN // 2)
-RAW = "raw C++ read"  # the one that takes part in the case "whole" alone, and has no values to compare
-TOUCHED = 256 << 20  # bytes of huge pages that are touched before the clock, beside what the work is known to need
-TOUCHED_SMALL = 512 << 20  # the same of small pages
-HOLD_SECONDS = 2.5
-SOME_LAYERS = ("model.layers.11.", "model.layers.29.")
+STREAM_BUDGET = 256 << 20  # bytes that zipslicer's stream may read ahead
 
 
-# ---------------------------------------------------------------- the contestants
+def every(_key: str) -> bool:
+    return True
 
 
 class Contestant:
-    """How one library does each piece of work."""
+    """What a library must be able to do; the methods below `select` have other ways where a library has better ones."""
 
     suffix = ".pth"
     lazy = True  # False where opening reads everything: then no read of one tensor is left to measure
@@ -59,28 +39,42 @@ class Contestant:
     def open(self, path: str) -> Any:
         raise NotImplementedError
 
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        """Opens a file. Returns what reads one tensor of it."""
+        raise NotImplementedError
+
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of those keys, one after the other, in the order in which the file is best read."""
+        raise NotImplementedError
+
     def keys(self, path: str) -> list[str]:
         return list(self.open(path).keys())
 
-    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
-        raise NotImplementedError
-
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
-        raise NotImplementedError
+    def some(self, path: str, wanted: Wanted) -> Tensors:
+        return dict(self.select(path, wanted))
 
     def whole(self, path: str) -> Tensors:
-        return self.some(path, ("",))
-
-    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
-        raise NotImplementedError
+        return dict(self.select(path))
 
     def small(self, path: str) -> Tensors:
         """All of many small tensors; here alone they may be views of the file, of who gives such."""
         return self.whole(path)
 
+    def stream(self, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors, of which the caller keeps none."""
+        return self.select(path)
+
+    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
+        return self.getter(path)(key)[rows].clone()
+
     def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
-        """Some columns of a matrix, in memory of their own; of who reads tensors whole, cut out of the whole."""
-        raise NotImplementedError
+        return self.getter(path)(key)[:, columns].clone()
+
+    def load_into(self, path: str, model: torch.nn.Module) -> None:
+        """Into parameters that are there already, one after the other."""
+        into = model.state_dict()
+        for key, tensor in self.select(path):
+            into[key].copy_(tensor)
 
 
 class Zipslicer(Contestant):
@@ -88,19 +82,23 @@ class Zipslicer(Contestant):
         import zipslicer
 
         self.library = zipslicer
+        self.options: dict[str, Any] = {}
         if zipslicer.backend() != os.environ["ZIPSLICER_BACKEND"]:
             raise RuntimeError(f"asked for {os.environ['ZIPSLICER_BACKEND']}, got {zipslicer.backend()}")
 
     def open(self, path: str) -> Any:
-        return self.library.load(path)
+        return self.library.load(path, **self.options)
 
     def getter(self, path: str) -> Callable[[str], torch.Tensor]:
         state_dict = self.open(path)
         return lambda key: state_dict[key]
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+    def stream(self, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.open(path).stream(budget_bytes=STREAM_BUDGET)
+
+    def some(self, path: str, wanted: Wanted) -> Tensors:
         state_dict = self.open(path)
-        return state_dict.get_tensors([key for key in state_dict if key.startswith(prefixes)])
+        return state_dict.get_tensors([key for key in state_dict if wanted(key)])
 
     def whole(self, path: str) -> Tensors:
         return self.open(path).materialize()
@@ -111,6 +109,15 @@ class Zipslicer(Contestant):
     def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
         return self.open(path).get_slice(key)[:, columns]
 
+    def load_into(self, path: str, model: torch.nn.Module) -> None:
+        self.open(path).load_into(model)
+
+
+class ZipslicerDirect(Zipslicer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = {"direct": True}
+
 
 class TorchLoad(Contestant):
     lazy = False
@@ -118,18 +125,20 @@ class TorchLoad(Contestant):
     def open(self, path: str) -> Any:
         return torch.load(path, weights_only=True)
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+    def getter(self, path: str) -> Callable[[str], torch.Tensor]:
+        return self.open(path).__getitem__
+
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
         # A tensor keeps its own storage, so the rest of the file is freed again: the peak is what it costs.
-        return {key: tensor for key, tensor in self.open(path).items() if key.startswith(prefixes)}
+        return ((key, tensor) for key, tensor in self.open(path).items() if wanted(key))
 
-    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
-        return self.open(path)[key][rows].clone()
-
-    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
-        return self.open(path)[key][:, columns].clone()
+    def load_into(self, path: str, model: torch.nn.Module) -> None:
+        model.load_state_dict(self.open(path))
 
 
-class TorchLoadMmap(Contestant):
+class TorchLoadMmap(TorchLoad):
+    lazy = True
+
     def open(self, path: str) -> Any:
         return torch.load(path, weights_only=True, mmap=True)
 
@@ -137,8 +146,8 @@ class TorchLoadMmap(Contestant):
         state_dict = self.open(path)
         return lambda key: state_dict[key].clone()
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
-        return {key: tensor.clone() for key, tensor in self.open(path).items() if key.startswith(prefixes)}
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((key, tensor.clone()) for key, tensor in super().select(path, wanted))
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path)[key][rows].clone()
@@ -152,22 +161,23 @@ class TorchLoadMmap(Contestant):
 
 class SafetensorsMmap(Contestant):
     suffix = ".safetensors"
+    backend = "mmap"
 
     def __init__(self) -> None:
-        import safetensors
+        import safetensors.torch
 
         self.library = safetensors
 
     def open(self, path: str) -> Any:
-        return self.library.safe_open(path, "pt")
+        return self.library.safe_open(path, "pt", backend=self.backend)
 
     def getter(self, path: str) -> Callable[[str], torch.Tensor]:
         handle = self.open(path)
         return lambda key: handle.get_tensor(key).clone()
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
         handle = self.open(path)
-        return {key: handle.get_tensor(key).clone() for key in handle.offset_keys() if key.startswith(prefixes)}
+        return ((key, handle.get_tensor(key).clone()) for key in handle.offset_keys() if wanted(key))
 
     def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
         return self.open(path).get_slice(key)[rows].clone()
@@ -179,18 +189,27 @@ class SafetensorsMmap(Contestant):
     def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
         return self.open(path).get_tensor(key)[:, columns].clone()
 
+    def load_into(self, path: str, model: torch.nn.Module) -> None:
+        self.library.torch.load_model(model, path, backend=self.backend)
+
+
+class SafetensorsWhole(SafetensorsMmap):
+    """The matrix into memory of its own, and then the columns out of it."""
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        return self.open(path).get_tensor(key).clone()[:, columns].clone()
+
 
 class SafetensorsPread(SafetensorsMmap):
-    def open(self, path: str) -> Any:
-        return self.library.safe_open(path, "pt", backend="pread")
+    backend = "pread"
 
     def getter(self, path: str) -> Callable[[str], torch.Tensor]:
         handle = self.open(path)
         return lambda key: handle.get_tensor(key)  # noqa: PLW0108 one call around the call, as for all others
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
         handle = self.open(path)
-        return {key: handle.get_tensor(key) for key in handle.offset_keys() if key.startswith(prefixes)}
+        return ((key, handle.get_tensor(key)) for key in handle.offset_keys() if wanted(key))
 
     def whole(self, path: str) -> Tensors:
         return self.open(path).get_tensors()
@@ -215,14 +234,8 @@ class FabricLazyLoad(Contestant):
         state_dict = self.open(path)
         return lambda key: state_dict[key]._load_tensor()
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
-        return {key: lazy._load_tensor() for key, lazy in self.open(path).items() if key.startswith(prefixes)}
-
-    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
-        return self.open(path)[key]._load_tensor()[rows].clone()
-
-    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
-        return self.open(path)[key]._load_tensor()[:, columns].clone()
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((key, lazy._load_tensor()) for key, lazy in self.open(path).items() if wanted(key))
 
 
 class Zipslicer081(Contestant):
@@ -242,19 +255,22 @@ class Zipslicer081(Contestant):
         state_dict = self.open(path)
         return lambda key: state_dict[key]
 
-    def some(self, path: str, prefixes: tuple[str, ...]) -> Tensors:
+    def select(self, path: str, wanted: Wanted = every) -> Iterator[tuple[str, torch.Tensor]]:
         state_dict = self.open(path)
-        return {key: state_dict[key] for key in state_dict.keys() if key.startswith(prefixes)}  # noqa: SIM118 iteration yields nothing there
+        return ((key, state_dict[key]) for key in state_dict.keys() if wanted(key))  # noqa: SIM118 iteration yields nothing there
 
-    def rows(self, path: str, key: str, rows: slice) -> torch.Tensor:
-        return self.open(path)[key][rows].clone()
 
-    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
-        return self.open(path)[key][:, columns].clone()
+class Extent(ctypes.Structure):
+    """raw_read.cc has its twin."""
+
+    _fields_ = (("offset", ctypes.c_uint64), ("to", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
 
 
 class RawRead(Contestant):
-    """No library: raw_read.cc, the bytes of the file into memory of their own. It opens nothing and makes no tensor."""
+    """No library: raw_read.cc fills memory, of which tensors are made that show it. The safetensors file says where
+    each tensor is; reading that header is within the time."""
+
+    suffix = ".safetensors"
 
     def __init__(self) -> None:
         library = CACHE / "libraw_read.so"
@@ -266,215 +282,101 @@ class RawRead(Contestant):
         self.library.raw_allocate.restype = ctypes.c_void_p
         self.threads = len(os.sched_getaffinity(0))
 
+    def open(self, path: str) -> tuple[dict[str, Any], int]:
+        """The header, and the offset of the first tensor."""
+        with Path(path).open("rb") as file:
+            nbytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(nbytes))
+        header.pop("__metadata__", None)
+        return header, 8 + nbytes
+
+    def allocate(self, nbytes: int) -> int:
+        address = self.library.raw_allocate(ctypes.c_size_t(nbytes))
+        if not address:
+            raise MemoryError
+        return address
+
+    def show(self, address: int, facts: dict[str, Any], shape: Iterable[int]) -> torch.Tensor:
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[facts["dtype"]]
+        shape = torch.Size(shape)
+        memory = (ctypes.c_char * (shape.numel() * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def read(self, path: str, extents: list[Extent]) -> None:
+        array = (Extent * len(extents))(*extents)
+        if self.library.raw_read(os.fsencode(path), array, ctypes.c_size_t(len(extents)), self.threads):
+            raise OSError(f"raw_read.cc could not read {path}")
+
     def whole(self, path: str) -> Tensors:
-        nbytes = Path(path).stat().st_size
-        memory = self.library.raw_allocate(ctypes.c_size_t(nbytes))
+        header, start = self.open(path)
+        nbytes = Path(path).stat().st_size - start
+        memory = self.allocate(nbytes)
+        self.read(path, [Extent(start, memory, nbytes)])
+        return {
+            key: self.show(memory + facts["data_offsets"][0], facts, facts["shape"]) for key, facts in header.items()
+        }
+
+    def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
+        header, start = self.open(path)
+        facts = header[key]
+        rows, all_columns = facts["shape"]
+        begin, end = facts["data_offsets"]
+        stride = (end - begin) // rows
+        nbytes = stride // all_columns * (columns.stop - columns.start)
+        memory = self.allocate(rows * nbytes)
+        offset = start + begin + stride // all_columns * columns.start
+        sizes = map(ctypes.c_size_t, (nbytes, stride, rows))
         to = ctypes.c_void_p(memory)
-        if not memory or self.library.raw_read(os.fsencode(path), to, ctypes.c_size_t(nbytes), self.threads):
-            raise RuntimeError(f"raw_read.cc could not read {path}")
-        return {}
+        if self.library.raw_read_columns(os.fsencode(path), ctypes.c_uint64(offset), *sizes, to, self.threads):
+            raise OSError(f"raw_read.cc could not read {path}")
+        return self.show(memory, facts, (rows, columns.stop - columns.start))
+
+    def load_into(self, path: str, model: torch.nn.Module) -> None:
+        header, start = self.open(path)
+        into = model.state_dict()
+        self.read(
+            path,
+            [
+                Extent(start + facts["data_offsets"][0], into[key].data_ptr(), into[key].nbytes)
+                for key, facts in header.items()
+            ],
+        )
 
 
-CONTESTANTS: dict[str, type[Contestant]] = {
-    "native": Zipslicer,
-    "pure": Zipslicer,
-    "torch.load": TorchLoad,
-    "torch.load(mmap)": TorchLoadMmap,
-    "safetensors mmap": SafetensorsMmap,
-    "safetensors pread": SafetensorsPread,
-    "fabric _lazy_load": FabricLazyLoad,
-    "zipslicer 0.8.1": Zipslicer081,
-    RAW: RawRead,
+class Entrant(NamedTuple):
+    """A row of the tables: a contestant, and what its process finds in the environment."""
+
+    kind: type[Contestant]
+    title: str
+    environment: dict[str, str] = {}  # noqa: RUF012 nobody writes to it
+
+
+NATIVE, PURE = {"ZIPSLICER_BACKEND": "native"}, {"ZIPSLICER_BACKEND": "pure"}
+
+# The libraries, which take part in all cases,
+ENTRANTS = {
+    "native": Entrant(Zipslicer, "**zipslicer, native**", NATIVE),
+    "pure": Entrant(Zipslicer, "**zipslicer, pure Python**", PURE),
+    "torch.load": Entrant(TorchLoad, "torch.load"),
+    "torch.load(mmap)": Entrant(TorchLoadMmap, "torch.load(mmap=True), clone"),
+    "safetensors mmap": Entrant(SafetensorsMmap, "safetensors, mmap, clone ¹"),
+    "safetensors pread": Entrant(SafetensorsPread, "safetensors, pread ¹"),
+    "fabric _lazy_load": Entrant(FabricLazyLoad, "lightning-fabric _lazy_load"),
+    "zipslicer 0.8.1": Entrant(Zipslicer081, "zipslicer 0.8.1"),
 }
+LIBRARIES = tuple(ENTRANTS)
+OURS = ("native", "pure")
+READS_PTH = ("torch.load", "torch.load(mmap)", "fabric _lazy_load", "zipslicer 0.8.1")
+PEERS = (*READS_PTH, "safetensors mmap", "safetensors pread")
 
-
-def environment(contestant: str) -> dict[str, str]:
-    """The environment of the process that measures it: native and pure differ by this alone."""
-    ours = {"ZIPSLICER_BACKEND": contestant} if contestant in {"native", "pure"} else {}
-    return {**os.environ, **ours}
-
-
-# ---------------------------------------------------------------- the cases
-
-Timed = tuple[float, Any]  # seconds, and what the work gave
-
-
-def timed(work: Callable[[], Any]) -> Timed:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
-
-
-def keys(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: contestant.keys(path))
-
-
-def one(contestant: Contestant, path: str, seed: int) -> Timed:
-    chosen = random.Random(seed).sample(sorted(contestant.keys(path)), SMALL_READS_BEFORE + SMALL_READS)
-    get = contestant.getter(path)
-    kept = [get(key) for key in chosen[:SMALL_READS_BEFORE]]
-    chosen = chosen[SMALL_READS_BEFORE:]
-    kept.clear()
-    start = time.perf_counter()
-    for key in chosen:
-        kept.append(get(key))  # noqa: PERF401 a loop, as users write it
-    return (time.perf_counter() - start) / SMALL_READS, dict(zip(chosen, kept, strict=True))
-
-
-def whole(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: contestant.whole(path))
-
-
-def some(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: contestant.some(path, SOME_LAYERS))
-
-
-def rows(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: {EMBEDDING: contestant.rows(path, EMBEDDING, ROWS)})
-
-
-def small(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: contestant.small(path))
-
-
-def columns(contestant: Contestant, path: str, _seed: int) -> Timed:
-    return timed(lambda: {EMBEDDING: contestant.columns(path, EMBEDDING, COLUMNS)})
-
-
-CASES: dict[str, tuple[str, Callable[[Contestant, str, int], Timed]]] = {  # name -> file, work
-    "keys": ("many", keys),
-    "one": ("many", one),
-    "whole": ("model", whole),
-    "some": ("model", some),
-    "rows": ("model", rows),
-    "small": ("many", small),
-    "columns": ("model", columns),
+# and who takes part in some.
+RAW = "raw C++ read"
+ONE_THREAD = "native, 1 thread"
+DIRECT = "native, direct=True"
+WHOLE_THEN_SLICE = "safetensors, whole, then the slice"
+ENTRANTS |= {
+    ONE_THREAD: Entrant(Zipslicer, "zipslicer, native, `ZIPSLICER_THREADS=1`", {**NATIVE, "ZIPSLICER_THREADS": "1"}),
+    DIRECT: Entrant(ZipslicerDirect, "zipslicer, native, `direct=True`", NATIVE),
+    WHOLE_THEN_SLICE: Entrant(SafetensorsWhole, "safetensors, clone of the whole, then the slice ¹"),
+    RAW: Entrant(RawRead, "raw C++ read of these bytes ²"),
 }
-
-
-# ---------------------------------------------------------------- before and after the clock
-
-
-def rehearse(contestant: Contestant) -> None:
-    """Do every kind of work on a tiny file: what a library imports or sets up once belongs to no sample."""
-    path = str(CACHE / f"tiny{contestant.suffix}")
-    if isinstance(contestant, RawRead):
-        contestant.whole(path)
-        return
-    contestant.keys(path)
-    if contestant.lazy:
-        contestant.getter(path)("a")
-    contestant.whole(path)
-    contestant.some(path, ("b",))
-    contestant.rows(path, "a", slice(1, 2))
-    contestant.small(path)
-    contestant.columns(path, "a", slice(0, 2))
-
-
-def read_once(path: str) -> int:
-    """Bring the file into the page cache. Returns its length."""
-    nbytes = 0
-    with mmap.mmap(-1, 16 << 20) as buffer, Path(path).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            nbytes += count
-    return nbytes
-
-
-def hold_memory(nbytes: int, advice: str = "MADV_HUGEPAGE") -> mmap.mmap:
-    """Take private memory and write to each of its pages."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, advice):
-        memory.madvise(getattr(mmap, advice))
-    view = (ctypes.c_char * nbytes).from_buffer(memory)
-    ctypes.memset(view, 1, nbytes)
-    del view
-    return memory
-
-
-def touch_memory(nbytes: int) -> None:
-    """Take memory, write to every page, and give it back to this system's kernel, which will hand it out again.
-
-    First small pages, which use up the remains of larger ones, as the first pages that the work gets will; then huge
-    ones. Linux offers freed pages to the host two seconds after they were freed: holding these for longer lets what
-    was freed before go its way, and then the clock has two seconds.
-    """
-    small = hold_memory(TOUCHED_SMALL, "MADV_NOHUGEPAGE")
-    huge = hold_memory(nbytes)
-    time.sleep(HOLD_SECONDS)
-    huge.close()
-    small.close()
-
-
-def proc_bytes(path: str, field: str) -> int:
-    for line in Path(path).read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"{path} has no {field}")
-
-
-def forget_peak() -> None:
-    """Set VmHWM, the peak of the resident set, back to what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def mapped_files() -> list[tuple[int, int]]:
-    """Address ranges of this process that show one of our files."""
-    ranges = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if str(CACHE) in line:
-            start, _, end = line.split()[0].partition("-")
-            ranges.append((int(start, 16), int(end, 16)))
-    return ranges
-
-
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """CRC-32 over names, dtypes, shapes and bytes; of a large tensor one byte in 997."""
-    crc = 0
-    for name, tensor in sorted(tensors):
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        sample = flat[:: 997 if len(flat) > 1 << 22 else 1].numpy().tobytes()
-        crc = zlib.crc32(sample, zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc))
-    return crc
-
-
-def measure(case: str, contestant_name: str, seed: int) -> dict[str, Any]:
-    file, work = CASES[case]
-    contestant = CONTESTANTS[contestant_name]()
-    path = str(CACHE / f"{file}{contestant.suffix}")
-    rehearse(contestant)
-    nbytes = read_once(path)
-    gc.collect()
-    touch_memory(TOUCHED + (nbytes if case == "whole" or not contestant.lazy else 0))
-    rehearse(contestant)  # again: all that memory has driven the code out of the processor's caches
-    resident = proc_bytes("/proc/self/status", "VmRSS")
-    forget_peak()
-
-    seconds, result = work(contestant, path, seed)
-
-    growth = proc_bytes("/proc/self/status", "VmHWM") - resident
-    if isinstance(result, list):
-        return {"seconds": seconds, "digest": zlib.crc32("\n".join(sorted(result)).encode())}
-    if isinstance(contestant, RawRead):
-        return {"seconds": seconds, "kept": nbytes, "growth": growth, "digest": None}
-    shown = [] if case == "small" else mapped_files()
-    for name, tensor in result.items():
-        address = tensor.data_ptr()
-        if any(start <= address < end for start, end in shown):
-            raise RuntimeError(f"{contestant_name} gave {name} as a view of the file, not as memory of its own")
-    kept = sum(tensor.nbytes for tensor in result.values())
-    return {"seconds": seconds, "kept": kept, "growth": growth, "digest": digest(result.items())}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("contestant", choices=CONTESTANTS)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    print(json.dumps(measure(options.case, options.contestant, options.seed)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,14 @@
-"""Make the files that the benchmarks read: two checkpoints, each with a safetensors twin that holds the same tensors.
+"""Make the files that the benchmarks read: checkpoints, each with a safetensors twin that holds the same tensors.
 
     python benchmarks/make_files.py [--force]
 
-- many.pth:  10,000 fp32 matrices of 4 KB, with the names of a mixture-of-experts LoRA: opening and small reads.
-- model.pth: a decoder of 2.3 GB: 131 MB of fp16 embedding, 40 bf16 layers of 52 MB, 131 MB of fp16 head.
-- tiny.pth:  two small tensors. Each contestant reads it before the clock starts, so that no lazy import is timed.
+- many.pth:      10,000 fp32 matrices of 4 KB, with the names of a mixture-of-experts LoRA: opening and small reads.
+- many_100.pth, many_1000.pth, many_100000.pth: so many of them.
+- model.pth:     a decoder of 2.3 GB: 131 MB of fp16 embedding, 40 bf16 layers of 52 MB, 131 MB of fp16 head.
+- layers_1.pth, layers_4.pth, layers_13.pth: so many of those layers alone.
+- tiny.pth:      two small tensors. Each contestant reads it before the clock starts, so that no lazy import is timed.
 
-The files land in benchmarks/.cache, some 4.8 GB, and are used again as long as this file does not change.
+The files land in benchmarks/.cache, some 8 GB, and are used again as long as this file does not change.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ StateDict = dict[str, torch.Tensor]
 
 MANY = 10_000
 MANY_SHAPE = (32, 32)
+OTHER_COUNTS = (100, 1_000, 100_000)
 
 HIDDEN, VOCABULARY, LAYERS = 2048, 32_000, 40
+OTHER_LAYERS = (1, 4, 13)
 EMBEDDING = "model.embed_tokens.weight"
 LAYER_SHAPES = {
     "input_layernorm.weight": (HIDDEN,),
@@ -44,9 +48,9 @@ LAYER_SHAPES = {
 }
 
 
-def many() -> StateDict:
+def many(count: int = MANY) -> StateDict:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(MANY_SHAPE, generator=generator) for name in itertools.islice(expert_names(), MANY)}
+    return {name: torch.randn(MANY_SHAPE, generator=generator) for name in itertools.islice(expert_names(), count)}
 
 
 def expert_names() -> Iterator[str]:
@@ -55,27 +59,44 @@ def expert_names() -> Iterator[str]:
             yield f"base_model.model.layers.{layer}.mlp.experts.{expert}.{projection}.lora_{side}.weight"
 
 
+def noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # Random bits below 0x3C00, which is 1.0 in fp16: as good as weights, and made faster than randn.
+    return torch.randint(0, 0x3C00, shape, dtype=torch.int16, generator=generator).view(dtype)
+
+
+def layers(generator: torch.Generator, count: int) -> StateDict:
+    return {
+        f"model.layers.{layer}.{name}": noise(generator, shape, torch.bfloat16)
+        for layer in range(count)
+        for name, shape in LAYER_SHAPES.items()
+    }
+
+
 def model() -> StateDict:
     generator = torch.Generator().manual_seed(2)
+    return {
+        EMBEDDING: noise(generator, (VOCABULARY, HIDDEN), torch.float16),
+        **layers(generator, LAYERS),
+        "model.norm.weight": noise(generator, (HIDDEN,), torch.bfloat16),
+        "lm_head.weight": noise(generator, (VOCABULARY, HIDDEN), torch.float16),
+    }
 
-    def noise(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        # Random bits below 0x3C00, which is 1.0 in fp16: as good as weights, and made faster than randn.
-        return torch.randint(0, 0x3C00, shape, dtype=torch.int16, generator=generator).view(dtype)
 
-    tensors = {EMBEDDING: noise((VOCABULARY, HIDDEN), torch.float16)}
-    for layer in range(LAYERS):
-        for name, shape in LAYER_SHAPES.items():
-            tensors[f"model.layers.{layer}.{name}"] = noise(shape, torch.bfloat16)
-    tensors["model.norm.weight"] = noise((HIDDEN,), torch.bfloat16)
-    tensors["lm_head.weight"] = noise((VOCABULARY, HIDDEN), torch.float16)
-    return tensors
+def layers_alone(count: int) -> StateDict:
+    return layers(torch.Generator().manual_seed(3), count)
 
 
 def tiny() -> StateDict:
     return {"a": torch.arange(12.0).reshape(4, 3), "b": torch.ones(7, 2, dtype=torch.bfloat16)}
 
 
-FILES: dict[str, Callable[[], StateDict]] = {"many": many, "model": model, "tiny": tiny}
+FILES: dict[str, Callable[[], StateDict]] = {
+    "tiny": tiny,
+    "many": many,
+    **{f"many_{count}": lambda count=count: many(count) for count in OTHER_COUNTS},
+    "model": model,
+    **{f"layers_{count}": lambda count=count: layers_alone(count) for count in OTHER_LAYERS},
+}
 
 
 def make(force: bool = False) -> None:

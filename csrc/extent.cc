@@ -12,6 +12,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #ifndef _WIN32
 #include <fcntl.h>
@@ -534,6 +535,29 @@ void with_stamp(const Reader& reader, Read read) {
   }
 }
 
+// Calls add(start) for each run, in the row-major order of `dims`. REQUIRES: no count is 0.
+template <typename Add>
+void each_start(std::int64_t start, const std::vector<Steps>& dims, Add add) {
+  std::vector<std::int64_t> at(dims.size(), 0);
+  auto now = static_cast<std::uint64_t>(start);  // unsigned: steps that overflow lead out of the record, no more
+  for (;;) {
+    add(static_cast<std::int64_t>(now));
+    std::size_t i = dims.size();
+    for (; i != 0; --i) {
+      const auto stride = static_cast<std::uint64_t>(dims[i - 1].stride);
+      now += stride;
+      if (++at[i - 1] < dims[i - 1].count) {
+        break;
+      }
+      now -= stride * static_cast<std::uint64_t>(at[i - 1]);
+      at[i - 1] = 0;
+    }
+    if (i == 0) {
+      return;
+    }
+  }
+}
+
 // ---- one record ----
 
 // A record that nobody has read: header and payload in one call where they are near and the prediction is right.
@@ -562,11 +586,10 @@ void check_range(const Archive& archive, std::size_t record, std::int64_t start,
   checked_range(archive, record, start, nbytes);
 }
 
-void read_extents(Reader& reader, const std::vector<Extent>& extents, int threads, const Poll& poll) {
-  std::vector<Extent> sorted = extents;
-  sort_by_offset(sorted);
-  Plan plan(total_nbytes(sorted), threads, sorted.size());
-  for (const Extent& extent : sorted) {
+void read_extents(Reader& reader, std::vector<Extent> extents, int threads, const Poll& poll) {
+  sort_by_offset(extents);
+  Plan plan(total_nbytes(extents), threads, extents.size());
+  for (const Extent& extent : extents) {
     plan.add(extent.offset, extent.to);
   }
   Run(reader, nullptr, plan, poll).run(threads);
@@ -615,24 +638,22 @@ void read_runs(Reader& reader, const Archive& archive, std::size_t record, std::
     throw std::invalid_argument("a buffer of " + std::to_string(to.nbytes) + " bytes is not for " +
                                 std::to_string(runs) + " runs of " + std::to_string(nbytes));
   }
-  // Whoever passes steps that lead out of the record gets an exception for the first such run.
-  std::vector<Job> jobs{{static_cast<std::int64_t>(record), start, nbytes, 0, 0}};
-  jobs.reserve(runs);
-  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
-    const std::size_t inner = jobs.size();
-    for (std::int64_t i = 1; i < dim->count; ++i) {
-      for (std::size_t j = 0; j < inner; ++j) {
-        Job job = jobs[j];
-        job.start = static_cast<std::int64_t>(static_cast<std::uint64_t>(job.start) +
-                                              static_cast<std::uint64_t>(i) * static_cast<std::uint64_t>(dim->stride));
-        job.place = static_cast<std::int64_t>(jobs.size()) * nbytes;
-        jobs.push_back(job);
-      }
-    }
+  if (runs == 0) {
+    return;
   }
-  if (runs != 0) {
-    read_records(reader, archive, jobs, {to}, threads, poll);
+  if (!Payload(checked_entry(archive, record)).proved) {
+    read_record(reader, archive, record, 0, {to.data, 0}, poll);
   }
+  // Not as jobs: to look up each, sort all and plan for headers takes longer than to copy what is wanted.
+  const std::uint64_t payload = Payload(archive.entries[record]).offset;
+  std::vector<Extent> extents;
+  extents.reserve(runs);
+  each_start(start, dims, [&](std::int64_t run) {
+    checked_range(archive, record, run, nbytes);  // whoever passes steps that lead out of the record
+    const std::size_t place = extents.size() * static_cast<std::size_t>(nbytes);
+    extents.push_back({payload + static_cast<std::uint64_t>(run), {to.data + place, static_cast<std::size_t>(nbytes)}});
+  });
+  with_stamp(reader, [&] { read_extents(reader, std::move(extents), threads, poll); });
 }
 
 // ---- POSIX ----

@@ -126,7 +126,7 @@ struct Job {
 
 // Fills every extent, whole. Throws Error(changed) where the file ends first, what the reader throws, and what poll
 // throws.
-void read_extents(Reader& reader, const std::vector<Extent>& extents, int threads, const Poll& poll);
+void read_extents(Reader& reader, std::vector<Extent> extents, int threads, const Poll& poll);
 
 // Throws std::out_of_range or std::invalid_argument if the record has no bytes [start, start + nbytes).
 void check_range(const Archive& archive, std::size_t record, std::int64_t start, std::int64_t nbytes);

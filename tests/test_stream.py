@@ -432,3 +432,93 @@ def test_a_stream_by_the_lane(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert value.stride() == expected[key].stride()
     assert isinstance(seen["parameter"], torch.nn.Parameter)
     assert lane.done == len(lane.waiting) > 0
+
+
+LARGE = 3 << 20  # bytes: memory that is mapped for one tensor
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Twelve tensors of 3 MiB, each full of its number."""
+    torch.save({f"t{i:02}": torch.full((LARGE // 4,), i, dtype=torch.int32) for i in range(12)}, tmp_path / "l.pth")
+    return tmp_path / "l.pth"
+
+
+@pytest.mark.parametrize("options", [{}, {"direct": True}], ids=["cached", "direct"])
+def test_the_memory_of_a_dropped_tensor_is_used_again(large: Path, options: dict[str, Any]) -> None:
+    with zipslicer.load(large, **options) as sd:
+        places = []
+        for i, (_, tensor) in enumerate(sd.stream(budget_bytes=8 * LARGE)):
+            assert tensor.untyped_storage().nbytes() == LARGE
+            assert (tensor == i).all()
+            places.append(tensor.data_ptr() >> 21)  # a direct read's lies anywhere in its first page
+            del tensor
+            gc.collect()
+    assert len(set(places)) < len(places)
+
+
+@pytest.mark.parametrize("options", [{}, {"direct": True}], ids=["cached", "direct"])
+def test_what_shows_the_memory_of_a_dropped_tensor_keeps_it(large: Path, options: dict[str, Any]) -> None:
+    ways = (
+        lambda tensor: tensor[5:7],
+        lambda tensor: tensor.view(torch.uint8).view(-1, 4)[::1000],
+        lambda tensor: tensor.numpy()[-2:],
+        lambda tensor: memoryview(tensor.numpy())[3:9],
+        lambda tensor: torch.from_dlpack(tensor)[:1],
+        lambda tensor: tensor.untyped_storage(),
+        lambda tensor: torch.nn.Parameter(tensor, requires_grad=False),
+    )
+    with zipslicer.load(large, **options) as sd:
+        kept = []
+        for i, (_, tensor) in enumerate(sd.stream(budget_bytes=8 * LARGE)):
+            kept.append(ways[i % len(ways)](tensor))
+            del tensor
+            gc.collect()
+    for i, each in enumerate(kept):
+        if isinstance(each, torch.UntypedStorage):
+            assert each[0] == i
+        else:
+            shown = torch.frombuffer(each, dtype=torch.int32) if isinstance(each, memoryview) else torch.as_tensor(each)
+            assert set(shown.contiguous().view(-1).view(torch.int32).tolist()) == {i}
+
+
+def buffer(nbytes: int) -> bytearray:
+    return bytearray(nbytes)
+
+
+def test_a_recycler_keeps_no_more_than_it_may() -> None:
+    recycler = streams._Recycler(most=2 * LARGE)
+    allocate = recycler.allocate_by(buffer)
+    assert isinstance(allocate(100), bytearray)  # small: not its business
+    lent = [allocate(LARGE) for _ in range(5)]
+    assert recycler._nbytes() == 0
+    lent.clear()
+    gc.collect()
+    assert recycler._nbytes() == 2 * LARGE
+    recycler.shrink(LARGE)
+    assert recycler._nbytes() == LARGE
+    larger = allocate(LARGE + 1)  # does not fit what is there
+    assert recycler._nbytes() == LARGE
+    smaller = allocate(LARGE - 100)
+    assert (len(smaller), len(larger), recycler._nbytes()) == (LARGE - 100, LARGE + 1, 0)
+    recycler.close()
+    del smaller, larger
+    gc.collect()
+    assert recycler._nbytes() == 0
+
+
+def recyclers() -> list[weakref.ref[Any]]:
+    return [weakref.ref(each) for each in gc.get_objects() if type(each) is streams._Recycler]
+
+
+def test_a_recycler_lives_no_longer_than_its_stream(large: Path) -> None:
+    with zipslicer.load(large) as sd:
+        before = recyclers()
+        generator = sd.stream()
+        _, first = next(generator)
+        ours = set(recyclers()) - set(before)
+        assert len(ours) == 1
+        generator.close()
+        del generator
+        assert ours.pop()() is None  # by its count, without the collector
+    assert (first == 0).all()

@@ -34,6 +34,8 @@ __all__ = [
 
 Buffer = Union[bytearray, memoryview, Any]  # anything writable and contiguous that speaks the buffer protocol
 
+Allocate = Callable[[int], Buffer]  # memory for so many bytes: Backend.allocate, or what stands for it
+
 Text = Union[bytes, memoryview]  # what a parser reads: bytes, or a view of such that nobody can write to
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .backend import Allocate
 from .errors import ZipSlicerError
 from .plan import index, numel
 from .table import Leaf
@@ -20,8 +23,10 @@ __all__ = ["BUDGET_NBYTES", "WHOLE", "Wanted", "bar_of", "nbytes_of", "stream"]
 
 BUDGET_NBYTES = 256 << 20
 # Small neighbours are read in one call. Of a group all is read before the first of it can be taken.
-GROUP_NBYTES = 8 << 20
+GROUP_NBYTES = 16 << 20
 GROUP_COUNT = 256
+# From here on memory is given back to the system when its tensor is dropped; what is smaller malloc keeps by itself.
+RECYCLED_FROM = 2 << 20
 WHOLE = object()  # in place of an index
 PULSE = 0.5  # seconds after which a waiting thread looks whether the other one is still there
 
@@ -111,6 +116,7 @@ class _Ahead:
     def __init__(self, wanted: Sequence[Wanted], budget_nbytes: int) -> None:
         self._wanted = wanted
         self._budget = budget_nbytes
+        self._recycler = _Recycler(budget_nbytes // 4)
         self._changed = threading.Condition()
         # key, value, bytes, and what the taker is to call first
         self._ready: collections.deque[tuple[Any, Any, int, Callable[[], None] | None]] = collections.deque()
@@ -147,6 +153,7 @@ class _Ahead:
             self._changed.notify_all()
         if self._thread.ident is not None and self._thread.is_alive():
             self._thread.join()
+        self._recycler.close()
 
     # ---------------------------------------------------------------- the reader's side
     def _run(self) -> None:
@@ -170,6 +177,7 @@ class _Ahead:
             if self._is_stopped:
                 raise _StoppedError
             self._held += nbytes
+            self._recycler.shrink(self._budget - self._held)
 
     def _pause(self) -> None:
         if self._is_stopped:
@@ -197,7 +205,7 @@ class _Ahead:
         leaves = [each.leaf for each in group if each.leaf is not None]
         if not all(map(reader.is_plain_row, leaves)):
             return None
-        made: list[Any] = reader.each(leaves, self._pause)
+        made: list[Any] = reader.each(leaves, self._pause, self._recycler.allocate_by(reader.allocate))
         return made
 
     def _one(self, each: Wanted) -> Any:
@@ -221,6 +229,61 @@ class _Ahead:
         with self._changed:
             self._ready.append((each.key, value, each.nbytes, wait))
             self._changed.notify_all()
+
+
+class _Recycler:
+    """Memory whose tensors the taker has dropped, for the tensors that come next: its pages need no clearing again.
+
+    What the system does for a fresh page costs as much as reading it. A tensor's memory comes back when nothing is left
+    that shows it: tensor, view, array or memoryview. Each holds the ctypes array from which its buffer was taken, and that
+    one is what a weak reference waits for.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most  # bytes that may wait for a use
+        # Weak references call back on any thread at any moment, within a lock of this very thread too. So there is no
+        # lock: a dict takes and gives an item in one step.
+        self._lent: dict[int, tuple[weakref.ref[Any], memoryview]] = {}  # by the id of the reference
+        self._kept: dict[int, memoryview] = {}  # by its id
+        self._is_closed = False
+
+    def allocate_by(self, allocate: Allocate) -> Allocate:
+        return lambda nbytes: allocate(nbytes) if nbytes < RECYCLED_FROM else self._lend(nbytes, allocate)
+
+    def _lend(self, nbytes: int, allocate: Allocate) -> memoryview:
+        memory = self._taken(nbytes) or memoryview(allocate(nbytes)).cast("B")
+        lent = (ctypes.c_char * memory.nbytes).from_buffer(memory)
+        weak = weakref.ref(lent, self._back)
+        self._lent[id(weak)] = weak, memory
+        return memoryview(lent).cast("B")[:nbytes]
+
+    def _taken(self, nbytes: int) -> memoryview | None:
+        """Of what is kept a piece of this size, or of little more."""
+        fits = [
+            (memory.nbytes, key)
+            for key, memory in list(self._kept.items())
+            if 0 <= memory.nbytes - nbytes <= nbytes // 20
+        ]
+        return self._kept.pop(min(fits)[1], None) if fits else None
+
+    def _back(self, lent: weakref.ref[Any]) -> None:
+        _, memory = self._lent.pop(id(lent), (None, None))
+        if memory is not None and not self._is_closed and self._nbytes() + memory.nbytes <= self._most:
+            self._kept[id(memory)] = memory
+
+    def _nbytes(self) -> int:
+        return sum(memory.nbytes for memory in list(self._kept.values()))
+
+    def shrink(self, most: int) -> None:
+        """Give memory back until no more than so many bytes wait for a use."""
+        while self._kept and self._nbytes() > most:
+            with contextlib.suppress(KeyError):
+                self._kept.popitem()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._lent.clear()
+        self._kept.clear()
 
 
 def _groups(wanted: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Hot, Job, Kind, Maker
+from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Allocate, Hot, Job, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
 from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces
@@ -136,6 +136,7 @@ class RowReader(abc.ABC):
         self.table = table
         self._threads = options.threads
         self._archive = table.archive
+        self.allocate: Allocate = table.archive.backend.allocate
         self._is_mapped, self._is_direct = options.mmap, options.direct
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
         self._hot: Hot
@@ -287,10 +288,11 @@ class RowReader(abc.ABC):
         row = self.table.row(leaf.number)
         return row.extent > 0 and self._is_as_it_is(row)
 
-    def each(self, leaves: Sequence[Leaf], pause: Pause) -> list[Any]:
+    def each(self, leaves: Sequence[Leaf], pause: Pause, allocate: Allocate | None = None) -> list[Any]:
         """Tensors as touching one after the other gives them, each in memory of its own, in one read.
 
-        Not under inference_mode. `pause` is called between portions, and may raise. REQUIRES: is_plain_row of all.
+        Not under inference_mode. `pause` is called between portions, and may raise. `allocate`: what large ones get
+        their memory from, instead of the backend's. REQUIRES: is_plain_row of all.
         """
         numbers = [leaf.number for leaf in leaves]
         made = self._read_small(numbers, whole=False)
@@ -298,7 +300,7 @@ class RowReader(abc.ABC):
         left = [i for i, each in enumerate(made) if each is None]
         rows = [self.table.row(numbers[i]) for i in left]
         wanted = ((row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize) for row in rows)
-        for i, buffer, row in zip(left, self._buffers(wanted, pause), rows):
+        for i, buffer, row in zip(left, self._buffers(wanted, pause, allocate=allocate), rows):
             made[i] = self._made(buffer, row)
         return made
 
@@ -320,11 +322,15 @@ class RowReader(abc.ABC):
             raise archive.located(error, (record for record in records if record >= 0)) from None
 
     def _buffers(
-        self, wanted: Iterable[tuple[int, int, int]], pause: Pause | None = None, bar: Any = None
+        self,
+        wanted: Iterable[tuple[int, int, int]],
+        pause: Pause | None = None,
+        bar: Any = None,
+        allocate: Allocate | None = None,
     ) -> list[Any]:
         """The bytes [start, start + nbytes) of storages, each in a new buffer, as they are in the file; None for no bytes."""
         table, archive = self.table, self._archive
-        direct, allocate = table.direct, archive.backend.allocate
+        direct, allocate = table.direct, allocate or archive.backend.allocate
         jobs: list[int] = []
         buffers: list[Any] = []
         for storage, start, nbytes in wanted:
@@ -341,7 +347,7 @@ class RowReader(abc.ABC):
                 buffers.append(shown)
                 continue
             jobs += (record, start, nbytes, len(buffers), 0)
-            buffers.append(self._congruent(record, start, nbytes) if self._is_direct else allocate(nbytes))
+            buffers.append(self._congruent(record, start, nbytes, allocate) if self._is_direct else allocate(nbytes))
         given = [b"" if buffer is None else buffer for buffer in buffers]
         for portion in [jobs] if pause is None and bar is None else portions(jobs):
             if portion:
@@ -363,9 +369,8 @@ class RowReader(abc.ABC):
         assert isinstance(source, OpenFile)  # open() has refused any other
         return source.mapped()[offset : offset + nbytes] if offset % ALIGNED == 0 else None
 
-    def _congruent(self, record: int, start: int, nbytes: int) -> Any:
+    def _congruent(self, record: int, start: int, nbytes: int, allocate: Allocate) -> Any:
         """Memory that lies in its page as a part of a record in the file's, so that it can be read past the page cache."""
-        allocate = self._archive.backend.allocate
         if nbytes < DIRECT_FROM:
             return allocate(nbytes)
         # Proved first: a header that is read along would be in the way.
