@@ -158,7 +158,7 @@ CASES = {
     # 0.8.1 seeks through the whole directory for each tensor: minutes.
     "small_100000": Case("100,000 small tensors ³", "many_100000", small, without("zipslicer 0.8.1"), fills=True),
     "whole": Case("2.3 GB, whole", "model", whole, (*LIBRARIES, ONE_THREAD, RAW), fills=True, pairs=("native", RAW)),
-    "some": Case("103 MB of it", "model", some),
+    "some": Case("103 MB of it", "model", some, (*LIBRARIES, RAW), pairs=("native", RAW)),
     "rows": Case("2 MB: rows of a 131 MB matrix", "model", rows),
     "columns": Case("half of its columns", "model", columns, (*LIBRARIES, WHOLE_THEN_SLICE, RAW)),
     "stream": Case("2.3 GB, each tensor dropped", "model", stream),

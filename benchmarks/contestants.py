@@ -7,6 +7,7 @@ lies in memory of its own, unless a method says otherwise.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -307,14 +308,21 @@ class RawRead(Contestant):
         if self.library.raw_read(os.fsencode(path), array, ctypes.c_size_t(len(extents)), self.threads):
             raise OSError(f"raw_read.cc could not read {path}")
 
-    def whole(self, path: str) -> Tensors:
+    def some(self, path: str, wanted: Wanted) -> Tensors:
         header, start = self.open(path)
-        nbytes = Path(path).stat().st_size - start
-        memory = self.allocate(nbytes)
-        self.read(path, [Extent(start, memory, nbytes)])
+        chosen = {key: facts for key, facts in header.items() if wanted(key)}
+        sizes = [end - begin for begin, end in (facts["data_offsets"] for facts in chosen.values())]
+        memory = self.allocate(sum(sizes))
+        places = [memory + before for before in itertools.accumulate(sizes[:-1], initial=0)]
+        begins = [start + facts["data_offsets"][0] for facts in chosen.values()]
+        self.read(path, [Extent(*extent) for extent in zip(begins, places, sizes, strict=True)])
         return {
-            key: self.show(memory + facts["data_offsets"][0], facts, facts["shape"]) for key, facts in header.items()
+            key: self.show(place, facts, facts["shape"])
+            for (key, facts), place in zip(chosen.items(), places, strict=True)
         }
+
+    def whole(self, path: str) -> Tensors:
+        return self.some(path, every)
 
     def columns(self, path: str, key: str, columns: slice) -> torch.Tensor:
         header, start = self.open(path)

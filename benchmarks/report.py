@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cases import CASES, STREAM_BUDGET
-from contestants import ENTRANTS, ONE_THREAD, OURS, PEERS, RAW, READS_PTH, WHOLE_THEN_SLICE
+from cases import CASES
+from contestants import ENTRANTS, ONE_THREAD, OURS, PEERS, RAW, READS_PTH, STREAM_BUDGET, WHOLE_THEN_SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

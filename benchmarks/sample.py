@@ -36,7 +36,7 @@ from make_files import CACHE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-TOUCHED = 256 << 20  # bytes of huge pages that are touched before the clock, beside what the work is known to need
+TOUCHED = 2 << 30  # bytes of huge pages that are touched before the clock, beside what the work is known to need: less, and it gets others
 TOUCHED_SMALL = 512 << 20  # the same of small pages
 HOLD_SECONDS = 2.5
 
