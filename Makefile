@@ -4,7 +4,7 @@
 #   make test-numpy   those that need no torch, in an environment without it
 #   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
 #   make test-integrations   tests with transformers, accelerate, diffusers, peft, which it installs
-#   make bench    the table of the README (its own environment, 5 GB of files in benchmarks/.cache, 45 minutes)
+#   make bench    docs/performance.md and the table of the README (7 GB of files in benchmarks/.cache, 90 minutes)
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
 #   make clean    remove the environments and every build output; the two .cache folders go with `make clean-bench`
 #
@@ -26,7 +26,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
 DEV_PACKAGES := $(BUILD_PACKAGES) torch
 INTEGRATION_PACKAGES := transformers accelerate diffusers peft
-BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric
+BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
 PYTHON_FOLDERS := zipslicer tests benchmarks examples
@@ -126,6 +126,7 @@ test-integrations: $(VENV)/.integrations
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
+	$(BENCH)/bin/python benchmarks/report.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(PYTHON_FOLDERS)

@@ -29,6 +29,7 @@ import report
 import system_calls
 from cases import CASES, PAIRS, Case
 from contestants import ENTRANTS
+from sample import reports_pages
 
 HERE = Path(__file__).resolve().parent
 
@@ -102,6 +103,7 @@ def machine() -> dict[str, str]:
         facts[package] = importlib.metadata.version(package)
     huge = re.search(r"\[(\w+)\]", read_or_nothing("/sys/kernel/mm/transparent_hugepage/enabled"))
     facts["huge pages"] = huge.group(1) if huge else "none"
+    facts["free pages go to the host"] = "yes" if reports_pages() else "no"
     filesystem = subprocess.run(
         ["stat", "-f", "-c", "%T", str(make_files.CACHE)], capture_output=True, text=True, check=False
     )
