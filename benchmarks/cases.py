@@ -13,6 +13,7 @@ from contestants import (
     LIBRARIES,
     ONE_THREAD,
     RAW,
+    RAW_ONE_THREAD,
     WHOLE_THEN_SLICE,
     Contestant,
     RawRead,
@@ -157,7 +158,14 @@ CASES = {
     "small": Case("10,000 small tensors ³", "many", small),
     # 0.8.1 seeks through the whole directory for each tensor: minutes.
     "small_100000": Case("100,000 small tensors ³", "many_100000", small, without("zipslicer 0.8.1"), fills=True),
-    "whole": Case("2.3 GB, whole", "model", whole, (*LIBRARIES, ONE_THREAD, RAW), fills=True, pairs=("native", RAW)),
+    "whole": Case(
+        "2.3 GB, whole",
+        "model",
+        whole,
+        (*LIBRARIES, ONE_THREAD, RAW, RAW_ONE_THREAD),
+        fills=True,
+        pairs=("native", RAW),
+    ),
     "some": Case("103 MB of it", "model", some, (*LIBRARIES, RAW), pairs=("native", RAW)),
     "rows": Case("2 MB: rows of a 131 MB matrix", "model", rows),
     "columns": Case("half of its columns", "model", columns, (*LIBRARIES, WHOLE_THEN_SLICE, RAW)),

@@ -281,7 +281,7 @@ class RawRead(Contestant):
             subprocess.run(["c++", *flags, "-o", str(library), str(source)], check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.raw_allocate.restype = ctypes.c_void_p
-        self.threads = len(os.sched_getaffinity(0))
+        self.threads = int(os.environ.get("RAW_THREADS", len(os.sched_getaffinity(0))))
 
     def open(self, path: str) -> tuple[dict[str, Any], int]:
         """The header, and the offset of the first tensor."""
@@ -379,6 +379,7 @@ PEERS = (*READS_PTH, "safetensors mmap", "safetensors pread")
 
 # and who takes part in some.
 RAW = "raw C++ read"
+RAW_ONE_THREAD = "raw C++ read, 1 thread"
 ONE_THREAD = "native, 1 thread"
 DIRECT = "native, direct=True"
 WHOLE_THEN_SLICE = "safetensors, whole, then the slice"
@@ -387,4 +388,5 @@ ENTRANTS |= {
     DIRECT: Entrant(ZipslicerDirect, "zipslicer, native, `direct=True`", NATIVE),
     WHOLE_THEN_SLICE: Entrant(SafetensorsWhole, "safetensors, clone of the whole, then the slice ¹"),
     RAW: Entrant(RawRead, "raw C++ read of these bytes ²"),
+    RAW_ONE_THREAD: Entrant(RawRead, "the same, 1 thread ²", {"RAW_THREADS": "1"}),
 }

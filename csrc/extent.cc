@@ -644,7 +644,7 @@ void read_runs(Reader& reader, const Archive& archive, std::size_t record, std::
   if (!Payload(checked_entry(archive, record)).proved) {
     read_record(reader, archive, record, 0, {to.data, 0}, poll);
   }
-  // Not as jobs: to look up each, sort all and plan for headers takes longer than to copy what is wanted.
+  // Not as jobs: to look up each and to plan for its header took a third of the time of reading columns.
   const std::uint64_t payload = Payload(archive.entries[record]).offset;
   std::vector<Extent> extents;
   extents.reserve(runs);

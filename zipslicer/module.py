@@ -401,7 +401,8 @@ class _Loading:
             jobs += (*job, number, 0)
             buffers.append(memory)
         try:
-            for portion in portions(jobs):
+            # Each portion ends with a thread that has nothing left to do: portions only for who watches them.
+            for portion in [jobs] if bar is None else portions(jobs):
                 if portion:
                     view.table.archive.read_into(portion, buffers, view.reader.threads)
                     _advance(bar, sum(portion[Job.NBYTES :: JOB_FIELDS]))
