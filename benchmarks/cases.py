@@ -184,7 +184,7 @@ CASES = {
     },
     **{
         f"matrix_{count}": Case(
-            f"one matrix of 8.4 MB out of {count} layers",
+            f"one matrix of 8.4 MB out of a file of {52 * count} MB",
             f"layers_{count}" if count != LAYERS else "model",
             matrix,
             (*IN_PLOTS, "torch.load"),
@@ -195,7 +195,7 @@ CASES = {
     },
     **{
         f"layers_{count}": Case(
-            f"{count} layers out of {LAYERS}", "model", first_layers(count), IN_PLOTS, fills=True, most_samples=3
+            f"{52 * count} MB out of 2.3 GB", "model", first_layers(count), IN_PLOTS, fills=True, most_samples=3
         )
         for count in (*OTHER_LAYERS, LAYERS)
     },

@@ -108,7 +108,8 @@ def curves(results: Any, points: dict[Any, str], label: str, title: str, path: P
     if not shown:
         return
     figure, axes = plt.subplots(figsize=(6.5, 3.4))
-    names = [name for name in LIBRARIES if any(name in by_name for by_name in shown.values())]
+    # A point is no line: who takes part in one of the cases alone is in the tables.
+    names = [name for name in LIBRARIES if sum(name in by_name for by_name in shown.values()) > 1]
     for name in names:
         xs = [x for x, by_name in shown.items() if name in by_name]
         found = [shown[x][name] for x in xs]

@@ -430,8 +430,8 @@ mapped file one for each 4 KiB or little more; a mapped file is not read by call
 
 CALLS = """\
 `strace` of all positioned reads of the file (benchmarks/system_calls.py): each byte of a payload is read once, whether
-tensors come one by one or all together. What is read beyond is the directory, the pickle, and local headers with the
-padding after them.
+tensors come one by one or all together; but for those among the last 64 KiB of the file, which opening reads to find the
+directory. What is read beyond is the directory, the pickle, and local headers with the padding after them.
 """
 
 DEVICES = """\
