@@ -18,7 +18,7 @@ from contestants import (
     Contestant,
     RawRead,
 )
-from make_files import EMBEDDING, HIDDEN, LAYER_SHAPES, LAYERS, MANY, OTHER_COUNTS, OTHER_LAYERS, VOCABULARY
+from make_files import EMBEDDING, HIDDEN, LAYERS, MANY, OTHER_COUNTS, OTHER_LAYERS, model_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,18 +117,8 @@ def stream(contestant: Contestant, path: str, _seed: int, _prepared: Prepared) -
 
 def touched_model() -> torch.nn.Module:
     """A module that has the parameters of model.pth, all written to."""
-    shapes = {
-        EMBEDDING: ((VOCABULARY, HIDDEN), torch.float16),
-        **{
-            f"model.layers.{layer}.{name}": (shape, torch.bfloat16)
-            for layer in range(LAYERS)
-            for name, shape in LAYER_SHAPES.items()
-        },
-        "model.norm.weight": ((HIDDEN,), torch.bfloat16),
-        "lm_head.weight": ((VOCABULARY, HIDDEN), torch.float16),
-    }
     root = torch.nn.Module()
-    for key, (shape, dtype) in shapes.items():
+    for key, (shape, dtype) in model_shapes().items():
         *path, name = key.split(".")
         module = root
         for step in path:

@@ -64,26 +64,29 @@ def noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype
     return torch.randint(0, 0x3C00, shape, dtype=torch.int16, generator=generator).view(dtype)
 
 
-def layers(generator: torch.Generator, count: int) -> StateDict:
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
+
+
+def layer_shapes(count: int) -> Shapes:
     return {
-        f"model.layers.{layer}.{name}": noise(generator, shape, torch.bfloat16)
+        f"model.layers.{layer}.{name}": (shape, torch.bfloat16)
         for layer in range(count)
         for name, shape in LAYER_SHAPES.items()
     }
 
 
-def model() -> StateDict:
-    generator = torch.Generator().manual_seed(2)
+def model_shapes() -> Shapes:
     return {
-        EMBEDDING: noise(generator, (VOCABULARY, HIDDEN), torch.float16),
-        **layers(generator, LAYERS),
-        "model.norm.weight": noise(generator, (HIDDEN,), torch.bfloat16),
-        "lm_head.weight": noise(generator, (VOCABULARY, HIDDEN), torch.float16),
+        EMBEDDING: ((VOCABULARY, HIDDEN), torch.float16),
+        **layer_shapes(LAYERS),
+        "model.norm.weight": ((HIDDEN,), torch.bfloat16),
+        "lm_head.weight": ((VOCABULARY, HIDDEN), torch.float16),
     }
 
 
-def layers_alone(count: int) -> StateDict:
-    return layers(torch.Generator().manual_seed(3), count)
+def filled(shapes: Shapes, seed: int) -> StateDict:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: noise(generator, shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def tiny() -> StateDict:
@@ -94,8 +97,8 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "tiny": tiny,
     "many": many,
     **{f"many_{count}": lambda count=count: many(count) for count in OTHER_COUNTS},
-    "model": model,
-    **{f"layers_{count}": lambda count=count: layers_alone(count) for count in OTHER_LAYERS},
+    "model": lambda: filled(model_shapes(), seed=2),
+    **{f"layers_{count}": lambda count=count: filled(layer_shapes(count), seed=3) for count in OTHER_LAYERS},
 }
 
 

@@ -40,14 +40,14 @@ def started(case: str, contestant: str, seed: int, *options: str) -> subprocess.
     command = [sys.executable, str(HERE / "sample.py"), case, contestant, "--seed", str(seed), *options]
     environment = {**os.environ, **ENTRANTS[contestant].environment}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def ended(process: subprocess.Popen[str], go: str = "") -> Sample:
-    out, errors = process.communicate(go, timeout=900)
+def ended(process: subprocess.Popen[str]) -> Sample:
+    out, errors = process.communicate(timeout=900)
     if process.returncode:
-        sys.exit(f"{' '.join(map(str, process.args))} failed:\n{errors[-3000:]}")  # type: ignore[arg-type]
-    return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]  # the last line: 0.8.1 prints others before
+        sys.exit(f"{' '.join(map(str, process.args))} failed:\n{errors[-3000:]}")
+    return json.loads(out.splitlines()[-1])  # the last line: 0.8.1 prints others before
 
 
 def sample(name: str, contestant: str, seed: int) -> Sample:
@@ -71,24 +71,24 @@ def turns(case: Case, contestant: str, samples: int) -> int:
     return min(samples, case.most_samples or samples)
 
 
-def collect(cases: list[str], names: list[str], samples: int) -> dict[str, dict[str, list[Sample]]]:
-    collected = {case: {name: [] for name in names if name in CASES[case].takes_part} for case in cases}  # type: dict[str, dict[str, list[Sample]]]
+def collect(name: str, contestants: list[str], samples: int) -> dict[str, list[Sample]]:
+    """The samples of each contestant of a case."""
+    case = CASES[name]
+    rows: dict[str, list[Sample]] = {each: [] for each in contestants if each in case.takes_part}
     start = time.monotonic()
-    for case, rows in collected.items():
-        most = max((turns(CASES[case], name, samples) for name in rows), default=0)
-        for turn in range(most):
-            in_turn = list(rows)
-            first = turn % len(in_turn)
-            for name in in_turn[first:] + in_turn[:first]:
-                if turn < turns(CASES[case], name, samples):
-                    rows[name].append(sample(case, name, seed=turn))
-            digests = {name: taken[turn]["digest"] for name, taken in rows.items() if len(taken) > turn}
-            if len(set(digests.values())) > 1:
-                sys.exit(f"the contestants read different values at {case}: {digests}")
-        for name, taken in rows.items():
-            median = report.show(statistics.median(each["seconds"] for each in taken))
-            print(f"{time.monotonic() - start:6.0f} s  {case:12} {name:20} {median}", file=sys.stderr, flush=True)
-    return collected
+    for turn in range(max((turns(case, each, samples) for each in rows), default=0)):
+        in_turn = list(rows)
+        first = turn % len(in_turn)
+        for each in in_turn[first:] + in_turn[:first]:
+            if turn < turns(case, each, samples):
+                rows[each].append(sample(name, each, seed=turn))
+        digests = {each: taken[turn]["digest"] for each, taken in rows.items() if len(taken) > turn}
+        if len(set(digests.values())) > 1:
+            sys.exit(f"the contestants read different values at {name}: {digests}")
+    for each, taken in rows.items():
+        median = report.show(statistics.median(one["seconds"] for one in taken))
+        print(f"{time.monotonic() - start:6.0f} s  {name:12} {each:24} {median}", file=sys.stderr, flush=True)
+    return rows
 
 
 def machine() -> dict[str, str]:
@@ -131,17 +131,19 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="where all samples go")
     parser.add_argument("--update", action="store_true", help="keep what that file has of other cases")
     options = parser.parse_args()
+    if options.update and options.contestants:
+        sys.exit("--update measures all contestants of a case: what is compared comes from one run")
     cases, names = choice(options.cases, CASES), choice(options.contestants, ENTRANTS)
     make_files.make()
     stored: dict[str, Any] = {"machine": machine(), "cases": {}}
     if options.update and options.results.exists():
         stored = json.loads(options.results.read_text())
-        if stored["machine"] != machine():
-            sys.exit(f"{options.results} is of another machine: {stored['machine']}, this is {machine()}")
+        if stored["machine"] != (here := machine()):
+            sys.exit(f"{options.results} is of another machine: {stored['machine']}, this is {here}")
     # A case a time is written down: what was measured survives an interruption.
     for case in cases:
-        taken = collect([case], names, options.samples)
-        stored["cases"][case] = {"date": time.strftime("%Y-%m-%d"), "samples": taken[case]}
+        taken = collect(case, names, options.samples)
+        stored["cases"][case] = {"date": time.strftime("%Y-%m-%d"), "samples": taken}
         report.write_results(options.results, stored)
     if options.cases is None and (traced := system_calls.trace_all()):
         stored["system calls"] = traced

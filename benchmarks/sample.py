@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cases import CASES, rehearse
+from cases import CASES, rehearse, small
 from contestants import ENTRANTS
 from make_files import CACHE
 
@@ -80,12 +80,12 @@ def touch_memory(nbytes: int) -> None:
     ones. Where free pages are reported to the host, holding these for longer than it waits lets what was freed before go
     its way; and then the clock has two seconds.
     """
-    small = hold_memory(TOUCHED_SMALL, "MADV_NOHUGEPAGE")
-    huge = hold_memory(nbytes)
+    small_pages = hold_memory(TOUCHED_SMALL, "MADV_NOHUGEPAGE")
+    huge_pages = hold_memory(nbytes)
     if reports_pages():
         time.sleep(HOLD_SECONDS)
-    huge.close()
-    small.close()
+    huge_pages.close()
+    small_pages.close()
 
 
 def cached_share(path: str) -> float:
@@ -200,7 +200,7 @@ def measure(case_name: str, contestant_name: str, seed: int, gate: bool) -> dict
     if isinstance(result, tuple):
         crc, kept = result
         return {**taken, "kept": kept, "growth": growth, "digest": crc}
-    shown = [] if case.file.startswith("many_") or case_name == "small" else mapped_files()
+    shown = [] if case.work is small else mapped_files()
     for name, tensor in result.items():
         address = tensor.data_ptr()
         if any(start <= address < end for start, end in shown):
