@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
-from .backend import JOB_FIELDS, Job
 from .errors import ZipSlicerError
 from .plan import hull
 from .state_dict import LazyStateDict, materialize
 from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
-from .tensors import bump, has_memory, portions
+from .tensors import bump, has_memory
 
 __all__ = ["KeyMap", "LoadReport", "load_into"]
 
@@ -401,11 +400,7 @@ class _Loading:
             jobs += (*job, number, 0)
             buffers.append(memory)
         try:
-            # Each portion ends with a thread that has nothing left to do: portions only for who watches them.
-            for portion in [jobs] if bar is None else portions(jobs):
-                if portion:
-                    view.table.archive.read_into(portion, buffers, view.reader.threads)
-                    _advance(bar, sum(portion[Job.NBYTES :: JOB_FIELDS]))
+            view.reader.read_jobs(jobs, buffers, bar=bar)
         except ZipSlicerError as error:
             found = (task.key for task in tasks if error.record and task.view.is_in(task.position, error.record))
             raise error.located(path=view.path, key=next(found, None)) from None

@@ -26,7 +26,7 @@ from .source import OpenFile
 from .staging import CHUNK_NBYTES, Lane, cast, lane_of, memory_of, ring_of, send
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "has_memory", "portions"]
+__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "has_memory"]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
@@ -197,10 +197,7 @@ class RowReader(abc.ABC):
             row, geometry, memory = found
             record, itemsize = self.table.record(row.storage), row.itemsize
             if hull(geometry) * itemsize == len(memory):
-                jobs = (record, geometry.storage_offset * itemsize, len(memory), 0, 0)
-                for portion in portions(jobs):
-                    if portion:
-                        self._archive.read_into(portion, [memory], self.threads)
+                self.read_jobs([record, geometry.storage_offset * itemsize, len(memory), 0, 0], [memory])
                 return
             piece, *others = pieces(geometry, itemsize)
             if piece.run_numel and not others:
@@ -349,14 +346,18 @@ class RowReader(abc.ABC):
             jobs += (record, start, nbytes, len(buffers), 0)
             buffers.append(self._congruent(record, start, nbytes, allocate) if self._is_direct else allocate(nbytes))
         given = [b"" if buffer is None else buffer for buffer in buffers]
-        for portion in [jobs] if pause is None and bar is None else portions(jobs):
+        self.read_jobs(jobs, given, pause, bar)
+        return buffers
+
+    def read_jobs(self, jobs: list[int], buffers: Sequence[Any], pause: Pause | None = None, bar: Any = None) -> None:
+        """Rows of backend.Job, on threads; by portions only for who watches, since with each a thread runs out of work."""
+        for portion in [jobs] if pause is None and bar is None else _portions(jobs):
             if portion:
-                archive.read_into(portion, given, self.threads)
+                self._archive.read_into(portion, buffers, self.threads)
             if pause is not None:
                 pause()
             if bar is not None:
                 bar.update(sum(portion[Job.NBYTES :: JOB_FIELDS]))
-        return buffers
 
     def _is_as_in_file(self, storage: int) -> bool:
         """Whether the file is mapped, and shows a storage as it is."""
@@ -442,7 +443,7 @@ class RowReader(abc.ABC):
         return _Builder(self, leaf, whole)
 
 
-def portions(jobs: Sequence[int]) -> Iterator[list[int]]:
+def _portions(jobs: Sequence[int]) -> Iterator[list[int]]:
     """Rows of backend.Job, in runs of which each reads at most PORTION_NBYTES; large ones are cut."""
     portion: list[int] = []
     nbytes = 0
