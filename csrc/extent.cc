@@ -168,11 +168,8 @@ struct Call {
 // Which calls read what is wanted. Parts come in file order.
 class Plan {
  public:
-  // `total`: all bytes that will be added; the size of a chunk follows.
-  Plan(std::uint64_t total, int threads, std::size_t parts)
-      : total_(total), chunk_(chunk_for(total, std::clamp(threads, 1, kMaxThreads))) {
-    parts_.reserve(parts);
-  }
+  // `total`: all bytes that will be added, in so many `parts`.
+  Plan(std::uint64_t total, std::size_t parts) : total_(total) { parts_.reserve(parts); }
 
   void add_header(const Entry& entry, std::size_t record, std::uint64_t predicted) {
     add({header_of(entry), {nullptr, header_room(entry, predicted)}, record, predicted});
@@ -180,8 +177,8 @@ class Plan {
 
   // Cut where the memory, not the file, is at a multiple of a huge page: no two threads then fault in the same one.
   void add(std::uint64_t offset, Destination to) {
-    while (to.nbytes > chunk_) {
-      const std::size_t cut = chunk_ - reinterpret_cast<std::uintptr_t>(to.data) % kHugePage;
+    while (to.nbytes > kChunk) {
+      const std::size_t cut = kChunk - reinterpret_cast<std::uintptr_t>(to.data) % kHugePage;
       add(Part{offset, {to.data, cut}});
       offset += cut;
       to = {to.data + cut, to.nbytes - cut};
@@ -203,12 +200,6 @@ class Plan {
   [[nodiscard]] int most_iovecs() const { return most_iovecs_; }
 
  private:
-  // Enough chunks that threads end at about the same time, large enough that a call costs nothing.
-  static std::size_t chunk_for(std::uint64_t total, int threads) {
-    const std::uint64_t share = total / (4 * static_cast<std::uint64_t>(threads)) / kHugePage * kHugePage;
-    return static_cast<std::size_t>(std::clamp<std::uint64_t>(share, kHugePage, kChunk));
-  }
-
   void add(const Part& part) {
     if (!join(part)) {
       const std::uintptr_t page = reinterpret_cast<std::uintptr_t>(part.to.data) / kHugePage;
@@ -230,7 +221,7 @@ class Plan {
       return false;  // the first, or one that overlaps what the call has read already
     }
     const std::uint64_t gap = part.offset - parts_.back().end();
-    if (gap > kNear || iovecs_ + 2 > kMaxParts || (!part.is_header() && wanted_ + part.to.nbytes > chunk_) ||
+    if (gap > kNear || iovecs_ + 2 > kMaxParts || (!part.is_header() && wanted_ + part.to.nbytes > kChunk) ||
         scratch_ + aside(part, static_cast<std::size_t>(gap), parts_.back().is_header()) > kMaxScratch) {
       return false;
     }
@@ -247,7 +238,6 @@ class Plan {
   }
 
   std::uint64_t total_;
-  std::size_t chunk_;
   std::vector<Part> parts_;
   std::vector<Call> calls_;
   std::vector<std::size_t> tasks_;
@@ -492,7 +482,7 @@ std::vector<Wanted> look_up(const Archive& archive, const std::vector<Job>& jobs
 // first of them brings the header along.
 std::vector<std::size_t> read_wanted(Reader& reader, const Archive& archive, const std::vector<Wanted>& wanted,
                                      int threads, const Poll& poll) {
-  Plan plan(total_nbytes(wanted), threads, 2 * wanted.size());
+  Plan plan(total_nbytes(wanted), 2 * wanted.size());
   std::size_t asked = kNoRecord;
   for (const Wanted& one : wanted) {
     if (!one.payload.proved && one.record != asked) {
@@ -588,7 +578,7 @@ void check_range(const Archive& archive, std::size_t record, std::int64_t start,
 
 void read_extents(Reader& reader, std::vector<Extent> extents, int threads, const Poll& poll) {
   sort_by_offset(extents);
-  Plan plan(total_nbytes(extents), threads, extents.size());
+  Plan plan(total_nbytes(extents), extents.size());
   for (const Extent& extent : extents) {
     plan.add(extent.offset, extent.to);
   }

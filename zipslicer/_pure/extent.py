@@ -22,7 +22,7 @@ from .directory import COUNTED, ENTRY_FIELDS, LOCAL, parse_local_header
 
 HUGE_PAGE = 2 << 20
 LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte in twenty is not used
-CHUNK = 8 << 20  # one read of a large extent; a multiple of HUGE_PAGE, so that two threads never fault one page
+CHUNK = HUGE_PAGE  # one read of a large extent; larger ones are no faster from the page cache, and slower from a disk
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
 # Of many small reads so many are done together: what is made for them is gone before the garbage collector, whose rounds
@@ -64,10 +64,10 @@ def allocate(nbytes: int) -> Any:
     return view[start : start + nbytes]
 
 
-def _address(room: mmap.mmap) -> int:
+def _address(memory: Any) -> int:
     import ctypes
 
-    return ctypes.addressof(ctypes.c_char.from_buffer(room))
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _preadv(handle: Any) -> Preadv:
@@ -87,14 +87,13 @@ def _descriptor(handle: Any) -> int | None:
 
 def _direct(fd: int, direct_fd: int) -> Preadv:
     """Reads whole pages past the page cache where place and memory allow it; what is before and after, through it."""
-    import ctypes
 
     def preadv(buffers: Sequence[Any], offset: int) -> int:
         nonlocal direct_fd
         view = buffers[0]
         before = -offset % DIRECT_NBYTES
         is_fit = direct_fd >= 0 and len(buffers) == 1 and len(view) - before >= DIRECT_FROM
-        if not is_fit or (ctypes.addressof(ctypes.c_char.from_buffer(view)) - offset) % DIRECT_NBYTES:
+        if not is_fit or (_address(view) - offset) % DIRECT_NBYTES:
             return os.preadv(fd, buffers, offset)
         if before:
             return os.preadv(fd, [view[:before]], offset)
@@ -132,10 +131,12 @@ class Piece:
 
 
 def _pieces(offset: int, view: memoryview) -> list[Piece]:
-    """Cut a large extent into chunks."""
-    if 0 < len(view) <= CHUNK:
-        return [Piece(offset, view)]
-    return [Piece(offset + i, view[i : i + CHUNK]) for i in range(0, len(view), CHUNK)]
+    """Cut a large extent where its memory is at a multiple of a huge page: no two threads then fault in the same one."""
+    if len(view) <= CHUNK:
+        return [Piece(offset, view)] if len(view) else []
+    first = CHUNK - _address(view) % HUGE_PAGE
+    ends = [*range(first, len(view), CHUNK), len(view)]
+    return [Piece(offset + i, view[i:end]) for i, end in zip([0, *ends], ends, strict=False)]
 
 
 def _calls(pieces: list[Piece]) -> list[tuple[int, list[memoryview]]]:
