@@ -651,6 +651,8 @@ void read_runs(Reader& reader, const Archive& archive, std::size_t record, std::
 #ifndef _WIN32
 namespace {
 
+bool is_large(const iovec& part) { return part.iov_len > kCachedCall; }
+
 [[noreturn]] void fail_system() { throw std::system_error(errno, std::generic_category()); }
 
 #ifdef __APPLE__
@@ -670,16 +672,16 @@ iovec PosixReader::next(const iovec& part, std::uint64_t offset, bool& direct) c
 }
 
 std::size_t PosixReader::preadv(const iovec* parts, int count, std::uint64_t offset) {
+  // A large part comes by itself, be it read past the page cache or in steps.
+  count = is_large(*parts) ? 1 : static_cast<int>(std::find_if(parts, parts + count, is_large) - parts);
   for (;;) {
     const int direct_fd = direct_fd_.load(std::memory_order_relaxed);
     bool direct = false;
-    ssize_t got;
-    if (direct_fd >= 0 && count == 1) {
-      const iovec part = next(*parts, offset, direct);
-      got = ::preadv(direct ? direct_fd : fd_, &part, 1, static_cast<off_t>(offset));
-    } else {
-      got = ::preadv(fd_, parts, count, static_cast<off_t>(offset));
-    }
+    const iovec part = direct_fd >= 0 && count == 1 ? next(*parts, offset, direct) : *parts;
+    const std::size_t nbytes = direct ? part.iov_len : std::min(part.iov_len, kCachedCall);
+    const ssize_t got = count == 1
+                            ? ::pread(direct ? direct_fd : fd_, part.iov_base, nbytes, static_cast<off_t>(offset))
+                            : ::preadv(fd_, parts, count, static_cast<off_t>(offset));
     if (got >= 0) {
       return static_cast<std::size_t>(got);
     }

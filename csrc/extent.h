@@ -63,9 +63,11 @@ constexpr std::size_t kMaxNbytes = 0x7ffff000;  // what Linux reads in one call;
 constexpr std::size_t kDirectPage = 4096;       // backend.DIRECT_NBYTES
 constexpr std::size_t kDirectFrom = std::size_t{1} << 20;  // backend.DIRECT_FROM
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-// The largest call of a long read. Out of the page cache larger ones are no faster. From a disk they are slower:
-// threads that are 8 MiB apart look to the kernel like two sequential readers, each with a readahead of its own.
+// What a thread takes of a long read. Larger ones are no faster; from a disk they are slower: threads that are 8 MiB
+// apart look to the kernel like two sequential readers.
 constexpr std::size_t kChunk = kHugePage;
+// And what one call of it asks of the page cache: the kernel reads ahead best for small steps.
+constexpr std::size_t kCachedCall = std::size_t{512} << 10;
 
 #ifndef _WIN32
 // A POSIX file descriptor, which stays the caller's. Safe for concurrent use. Throws std::system_error.

@@ -22,7 +22,12 @@ from .directory import COUNTED, ENTRY_FIELDS, LOCAL, parse_local_header
 
 HUGE_PAGE = 2 << 20
 LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte in twenty is not used
-CHUNK = HUGE_PAGE  # one read of a large extent; larger ones are no faster from the page cache, and slower from a disk
+CHUNK = (
+    HUGE_PAGE  # what a thread takes of a large extent; more is no faster from the page cache, and slower from a disk
+)
+CACHED_CALL = (
+    512 << 10
+)  # bytes; what one call of it asks of the page cache: the kernel reads ahead best for small steps
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
 # Of many small reads so many are done together: what is made for them is gone before the garbage collector, whose rounds
@@ -72,10 +77,16 @@ def _address(memory: Any) -> int:
 
 def _preadv(handle: Any) -> Preadv:
     if isinstance(handle, int):
-        return lambda buffers, offset: os.preadv(handle, buffers, offset)
+        return lambda buffers, offset: _preadv_cached(handle, buffers, offset)
     if isinstance(handle, tuple):
         return _direct(*handle)
     return handle.preadv  # type: ignore[no-any-return]
+
+
+def _preadv_cached(fd: int, buffers: Sequence[Any], offset: int) -> int:
+    if len(buffers[0]) > CACHED_CALL:
+        buffers = [buffers[0][:CACHED_CALL]]
+    return os.preadv(fd, buffers, offset)
 
 
 def _descriptor(handle: Any) -> int | None:
@@ -94,14 +105,14 @@ def _direct(fd: int, direct_fd: int) -> Preadv:
         before = -offset % DIRECT_NBYTES
         is_fit = direct_fd >= 0 and len(buffers) == 1 and len(view) - before >= DIRECT_FROM
         if not is_fit or (_address(view) - offset) % DIRECT_NBYTES:
-            return os.preadv(fd, buffers, offset)
+            return _preadv_cached(fd, buffers, offset)
         if before:
             return os.preadv(fd, [view[:before]], offset)
         try:
             return os.preadv(direct_fd, [view[: len(view) // DIRECT_NBYTES * DIRECT_NBYTES]], offset)
         except OSError:
             direct_fd = -1  # refused, as by a disk that wants another alignment
-            return os.preadv(fd, buffers, offset)
+            return _preadv_cached(fd, buffers, offset)
 
     return preadv
 
