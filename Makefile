@@ -4,6 +4,8 @@
 #   make test-numpy   those that need no torch, in an environment without it
 #   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
 #   make test-integrations   tests with transformers, accelerate, diffusers, peft, which it installs
+#   make fuzz     each fuzzer for FUZZ_SECONDS=60 (needs clang and its libFuzzer: Debian's clang, libclang-rt-14-dev)
+#   make sanitize the tests and the readers under AddressSanitizer, UBSan and ThreadSanitizer
 #   make bench    docs/performance.md and the table of the README (7 GB of files in benchmarks/.cache, 90 minutes)
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
 #   make clean    remove the environments and every build output; the two .cache folders go with `make clean-bench`
@@ -15,7 +17,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-numpy test-integrations real bench lint format clean clean-bench
+.PHONY: help demo examples test test-numpy test-integrations real fuzz sanitize bench lint format clean clean-bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,8 +31,8 @@ INTEGRATION_PACKAGES := transformers accelerate diffusers peft
 BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
-PYTHON_FOLDERS := zipslicer tests benchmarks examples
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc benchmarks/*.cc)
+PYTHON_FOLDERS := zipslicer tests benchmarks examples fuzz
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc benchmarks/*.cc fuzz/*.cc)
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -123,6 +125,78 @@ $(VENV)/.integrations: $(VENV)/.installed
 test-integrations: $(VENV)/.integrations
 	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py tests/test_docs.py $(PYTEST_ARGS)
 
+# ---------------------------------------------------------------- fuzzers and sanitizers
+
+CLANGXX ?= clang++
+FUZZ_SECONDS ?= 60
+FUZZ_ARGS ?=
+FUZZED := build/fuzz
+CORE := csrc/directory.cc csrc/machine.cc csrc/extent.cc
+FUZZ_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+
+$(FUZZED)/fuzz_%: fuzz/fuzz_%.cc $(CORE) $(wildcard csrc/*.h)
+	@command -v $(CLANGXX) >/dev/null || { echo "no $(CLANGXX): on Debian, apt-get install clang libclang-rt-14-dev"; exit 1; }
+	@mkdir -p $(FUZZED)
+	$(CLANGXX) $(FUZZ_FLAGS) -o $@ $< $(CORE) -pthread
+
+$(VENV)/.fuzzers: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) atheris
+	@touch $@
+
+$(FUZZED)/seeds: $(VENV)/.installed $(wildcard fuzz/seeds.py tests/hostile/*.py tests/makers.py)
+	@rm -rf $@
+	$(VENV)/bin/python fuzz/seeds.py $@
+
+# What a fuzzer finds it writes to build/fuzz, and ends: put it into fuzz/regressions, and mend what it breaks.
+define fuzz  # $(1) command, $(2) folder of seeds
+	@echo "== $(1)"
+	@mkdir -p $(FUZZED)/corpus/$(notdir $(lastword $(1)))
+	$(1) $(FUZZED)/corpus/$(notdir $(lastword $(1))) fuzz/regressions/$(2) $(FUZZED)/seeds/$(2) \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -artifact_prefix=$(FUZZED)/ -print_final_stats=1 $(FUZZ_ARGS) 2>&1 | \
+	    grep -v "^#\|INFO: \|NEW_FUNC" | tail -25; exit $${PIPESTATUS[0]}
+endef
+
+fuzz: $(FUZZED)/fuzz_directory $(FUZZED)/fuzz_machine $(FUZZED)/seeds $(VENV)/.fuzzers
+	$(call fuzz,$(FUZZED)/fuzz_directory,directory)
+	$(call fuzz,$(FUZZED)/fuzz_machine,machine)
+	$(call fuzz,env ZIPSLICER_BACKEND=pure $(VENV)/bin/python fuzz/fuzz_open.py,open)
+	$(call fuzz,env ZIPSLICER_BACKEND=native $(VENV)/bin/python fuzz/fuzz_open.py,open)
+	$(call fuzz,$(VENV)/bin/python fuzz/fuzz_differential.py,machine)
+
+# The reader alone on threads under ThreadSanitizer, then all tests with a native module under AddressSanitizer and UBSan.
+# That module lies in an environment of its own, which sees the packages of .venv behind it. Leaks are looked for in the
+# reader and, by the fuzzers, in the parsers: Python itself never frees all.
+SANITIZED := build/sanitize
+ASAN := .venv-asan
+SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all
+DRIVER := fuzz/drive_reader.cc
+
+$(SANITIZED)/drive_thread: $(DRIVER) $(CORE) $(wildcard csrc/*.h)
+	@mkdir -p $(SANITIZED)
+	$(CXX) $(SANITIZE_FLAGS) -fsanitize=thread -o $@ $(DRIVER) $(CORE) -pthread
+
+$(SANITIZED)/drive_address: $(DRIVER) $(CORE) $(wildcard csrc/*.h)
+	@mkdir -p $(SANITIZED)
+	$(CXX) $(SANITIZE_FLAGS) -fsanitize=address,undefined -o $@ $(DRIVER) $(CORE) -pthread
+
+$(ASAN)/.installed: $(VENV)/.installed $(wildcard zipslicer/*.py zipslicer/*/*.py)
+	@rm -rf $(ASAN)
+	$(PYTHON) -m venv --without-pip $(ASAN)
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(ASAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
+	CXXFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	    $(VENV)/bin/python -m pip --python $(ASAN)/bin/python install $(PIP_FLAGS) --no-build-isolation --no-deps \
+	    --config-settings=cmake.build-type=RelWithDebInfo --force-reinstall .
+	@touch $@
+
+# Python and torch are not instrumented: the runtime is loaded before them, and what they never free is not asked about.
+sanitize: $(SANITIZED)/drive_thread $(SANITIZED)/drive_address $(ASAN)/.installed
+	setarch -R $(SANITIZED)/drive_thread $(SANITIZED)/archive
+	ASAN_OPTIONS=detect_leaks=1 $(SANITIZED)/drive_address $(SANITIZED)/archive
+	ZIPSLICER_BACKEND=native OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    $(ASAN)/bin/python $(VENV)/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
+
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
@@ -140,7 +214,7 @@ format: $(VENV)/.packages
 	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(NUMPY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(NUMPY) $(ASAN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-bench:

@@ -105,7 +105,7 @@ def machine() -> dict[str, str]:
     facts["huge pages"] = huge.group(1) if huge else "none"
     facts["free pages go to the host"] = "yes" if reports_pages() else "no"
     filesystem = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(make_files.CACHE)], capture_output=True, text=True, check=False
+        ["findmnt", "-n", "-o", "FSTYPE", "-T", str(make_files.CACHE)], capture_output=True, text=True, check=False
     )
     facts["filesystem"] = filesystem.stdout.strip() or "unknown"
     return facts

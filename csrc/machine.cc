@@ -1545,6 +1545,9 @@ Graph Machine::flatten(Value root) {
       }
     }
   }
+  for (std::size_t i = 0; i < globals_.size(); ++i) {
+    global_id(globals_[i]);
+  }
   return std::move(graph_);
 }
 

@@ -17,7 +17,7 @@ from zipslicer.backend import Backend
 PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
-    "errors", "backend", "policy", "source", "archive", "program", "legacy", "plan", "arrays", "composites", "table",
+    "errors", "backend", "policy", "source", "archive", "verify", "program", "legacy", "plan", "arrays", "composites", "table",
     "safetensors_file", "staging", "tensors", "numpy_tensors", "stream", "state_dict", "shards", "joined", "exports",
     "checkpoint", "cli",
 ]  # fmt: skip

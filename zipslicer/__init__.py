@@ -19,8 +19,10 @@ from .errors import (
     ZipSlicerError,
 )
 from .policy import Description, Limits, Placeholder, describe
+from .scan import Finding, Scan, scan
 from .state_dict import LazySequence, LazySlice, LazyStateDict
 from .table import TensorInfo
+from .verify import Verified
 
 __all__ = [
     "ArchiveError",
@@ -28,16 +30,19 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Description",
+    "Finding",
     "LazySequence",
     "LazySlice",
     "LazyStateDict",
     "Limits",
     "Placeholder",
     "ProgramError",
+    "Scan",
     "TableError",
     "TensorInfo",
     "UnsafeError",
     "UnsupportedError",
+    "Verified",
     "ZipSlicerError",
     "__version__",
     "backend",
@@ -45,5 +50,6 @@ __all__ = [
     "load",
     "open",
     "patch_torch_load",
+    "scan",
     "torch_load",
 ]

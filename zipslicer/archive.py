@@ -45,6 +45,7 @@ class Archive:
     """
 
     metadata: Mapping[str, str] = {"format": "pt"}  # of the file, as safetensors has it
+    has_checksums = True  # Entry.CRC is that of a record, or 0 where none was computed
 
     def __init__(
         self, source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None

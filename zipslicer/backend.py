@@ -206,7 +206,8 @@ class Graph(NamedTuple):
     The numbering is canonical, so that two backends give equal graphs: values are scanned from 0 on, and a node, tensor,
     storage or global that is met for the first time takes the next free id; a node's children are appended to the
     values at that moment (breadth first). strings, blobs and longs get one entry for each time one is met. What the
-    pickle made and dropped again does not appear.
+    pickle made and dropped again does not appear, but for its globals: all that it names are there, those that no value
+    refers to last and as they come in the pickle, since plain pickle would have imported them.
 
     A backend returns a plain tuple of these, in this order. Rows are native-endian int64, in bytes or a read-only view.
     """

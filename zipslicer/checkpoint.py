@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .archive import Archive
-from .backend import choose
+from .backend import Entry, choose
 from .errors import ArchiveError, ChangedError
 from .exports import flat_archive, is_checkpoint, is_config, is_package, read_config, read_layout
 from .joined import join
@@ -22,8 +22,11 @@ from .safetensors_file import is_safetensors, safetensors_table
 from .shards import ShardedView, locate, read_index
 from .source import ByteSource, OpenFile, open_source
 from .state_dict import LazyStateDict, View
+from .stream import bar_of
 from .table import TensorTable
 from .tensors import ReadOptions, default_threads
+from .verify import Verified
+from .verify import check as check_archives
 
 __all__ = ["Checkpoint", "backend", "load", "open"]
 
@@ -80,6 +83,31 @@ class Checkpoint:
         """The names of all records of the archive, in directory order; after the name of its file where there are shards."""
         return self._view.records()
 
+    def verify(self, *, strict: bool = True, threads: int | None = None, progress: bool = False) -> Verified:
+        """Read the file once, whole, and compare every record with its CRC-32 in the directory: damage, not forgery.
+
+        Args:
+            strict: raise for damage. False returns it, in `damaged`.
+            threads: as for reading.
+            progress: show a bar of bytes (needs tqdm).
+
+        Raises:
+            ArchiveError: bytes are not those that were written. It names the first record, and says how many there are.
+            UnsupportedError: a record is compressed in a way that torch does not write.
+            ChangedError: the file was changed after it was opened.
+            OSError: it cannot be read.
+        """
+        archives = self._view.archives()
+        total = sum(sum(archive.column(Entry.STORED_NBYTES)) for archive in archives if archive.has_checksums)
+        with bar_of(progress, total) as bar:
+            found = check_archives(archives, threads or default_threads(), bar)
+        if strict and found.damaged:
+            error = found.damaged[0]
+            if len(found.damaged) > 1:
+                error.message += f"; {len(found.damaged)} records are damaged"
+            raise error
+        return found
+
     def close(self) -> None:
         self._view.close()
 
@@ -110,6 +138,7 @@ def open(
     window: tuple[int, int] | None = None,
     record: str = "data.pkl",
     check: bool = True,
+    verify: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
 
@@ -140,6 +169,8 @@ def open(
             "constants.pkl"), or a checkpoint that is stored in it. By default all that torch.export, torch.package and
             TorchScript have are listed.
         check: of shards: open all files at once and compare their keys with the index. False opens each when it is touched.
+        verify: read the file once, whole, before it is returned, and compare all records with their checksums: see
+            Checkpoint.verify.
 
     Raises:
         OSError: the system cannot open or read it.
@@ -149,19 +180,14 @@ def open(
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
     options = ReadOptions(map_location, dtype, cache_tensors, threads, framework, mmap, direct)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
-    found, is_index = locate(source)
-    if not is_index:
+    checkpoint = _opened(source, options, terms, check)
+    if verify:
         try:
-            return Checkpoint(_file(options, terms, found))
-        except (IsADirectoryError, PermissionError):  # the latter is what Windows says of a folder
-            if not (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
-                raise
-        found, is_index = locate(source, is_folder=True)
-    if not is_index:
-        return Checkpoint(_file(options, terms, found))
-    if window is not None:
-        raise ValueError("window= is of one file, and this is an index of several")
-    return Checkpoint(_sharded(os.fspath(found), options, terms, check))
+            checkpoint.verify(threads=threads)
+        except BaseException:
+            checkpoint.close()
+            raise
+    return checkpoint
 
 
 def load(
@@ -182,6 +208,7 @@ def load(
     window: tuple[int, int] | None = None,
     record: str = "data.pkl",
     check: bool = True,
+    verify: bool = False,
 ) -> Any:
     """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
 
@@ -207,6 +234,7 @@ def load(
         window=window,
         record=record,
         check=check,
+        verify=verify,
     ).root
 
 
@@ -219,6 +247,23 @@ class _Terms:
     limits: Limits
     window: tuple[int, int] | None
     record: str
+
+
+def _opened(source: Any, options: ReadOptions, terms: _Terms, check: bool) -> Checkpoint:
+    """A file, or the several of a folder or an index."""
+    found, is_index = locate(source)
+    if not is_index:
+        try:
+            return Checkpoint(_file(options, terms, found))
+        except (IsADirectoryError, PermissionError):  # the latter is what Windows says of a folder
+            if not (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
+                raise
+        found, is_index = locate(source, is_folder=True)
+    if not is_index:
+        return Checkpoint(_file(options, terms, found))
+    if terms.window is not None:
+        raise ValueError("window= is of one file, and this is an index of several")
+    return Checkpoint(_sharded(os.fspath(found), options, terms, check))
 
 
 def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:

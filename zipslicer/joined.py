@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+from .archive import Archive
 from .errors import TableError, UnsupportedError
 from .shards import OF_ONE_FILE, NoTensors
 from .state_dict import OVERLAID, LazyStateDict, View
@@ -150,6 +151,9 @@ class JoinedView(View):
 
     def records(self) -> list[str]:
         return self.views[0].records()
+
+    def archives(self) -> list[Archive]:
+        return list(dict.fromkeys(table.archive for table in self.tables))
 
     def counts(self) -> tuple[int, int]:
         counts = [view.counts() for view in self.views]

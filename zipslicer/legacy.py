@@ -74,7 +74,7 @@ class Pickles:
         crc: of all that were run.
     """
 
-    def __init__(self, archive: Archive, offset: int, end: int, actions: Mapping[tuple[str, str], int], refuse: bool):
+    def __init__(self, archive: Legacy, offset: int, end: int, actions: Mapping[tuple[str, str], int], refuse: bool):
         self.offset = offset
         self.crc = 0
         self._archive = archive
@@ -110,6 +110,7 @@ class Pickles:
                 nbytes = min(4 * nbytes, most)
         self.crc = zlib.crc32(memoryview(text)[: graph.nbytes], self.crc)
         self.offset += graph.nbytes
+        archive.named.update(dict.fromkeys(graph.globals))
         return graph
 
     def integer(self) -> int | None:
@@ -130,9 +131,16 @@ class Pickles:
 
 
 class Legacy(Archive):
-    """Records are data/<key>, one for each storage; there are none before `run`."""
+    """Records are data/<key>, one for each storage; there are none before `run`.
+
+    Attributes:
+        named: the globals that the pickles name, (module, name).
+    """
+
+    has_checksums = False
 
     def _read_directory(self) -> None:
+        self.named: dict[tuple[str, str], None] = {}
         self._set_records([], 0)
 
     def _set_records(self, records: list[tuple[str, tuple[int, ...]]], crc: int) -> None:

@@ -51,6 +51,8 @@ class SafetensorsArchive(Archive):
         UnsupportedError: it was not opened by a path, which is what the package takes; or a dtype torch does not have.
     """
 
+    has_checksums = False
+
     def __init__(self, source: ByteSource, backend: Backend, limits: Limits) -> None:
         self.source, self.backend, self.limits, self.window = source, backend, limits, None
         self.base, self.nbytes, self.root = 0, source.size, b""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union, cast
 
+from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import Limits
@@ -399,6 +400,9 @@ class ShardedView(View):
 
     def records(self) -> list[str]:
         return [f"{file}/{name}" for file, shard in zip(self._files, self._all()) for name in shard.view.records()]
+
+    def archives(self) -> list[Archive]:
+        return [archive for shard in self._all() for archive in shard.view.archives()]
 
     def counts(self) -> tuple[int, int]:
         counts = [shard.view.counts() for shard in self._all()]

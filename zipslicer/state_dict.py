@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
+from .archive import Archive
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Hot, Kind
 from .composites import NESTED, RAGGED, Member
@@ -129,6 +130,9 @@ class View:
 
     def records(self) -> list[str]:
         return self.table.archive.names()
+
+    def archives(self) -> list[Archive]:
+        return [self.table.archive]
 
     def counts(self) -> tuple[int, int]:
         """Of tensors and storages."""

@@ -504,6 +504,8 @@ class TensorTable:
                 continue
             seen.add(node)
             for child, step in reversed(self._children(position, node)):
+                if not _may_be_wanted(program.kinds[child]):
+                    continue
                 name = step[1]
                 todo.append((child, (path, step), size + (len(name) if isinstance(name, (str, bytes)) else 1) + 1))
 
@@ -517,7 +519,9 @@ class TensorTable:
         if kind == Kind.TYPED:
             return self._attributes(start + 2)
         if kind not in (Kind.CALL, Kind.OBJECT):
-            return [(p, ("index", p - start)) for p in range(start, end)]
+            # Of a million Nones in a list nothing is made.
+            kinds = program.kinds
+            return [(p, ("index", p - start)) for p in range(start, end) if _may_be_wanted(kinds[p])]
         leaf = self.leaf(position)
         if leaf is not None:
             return [] if leaf.attributes is None else self._attributes(leaf.attributes)
@@ -638,6 +642,11 @@ class TensorTable:
             if program.kinds[p] in (Kind.STR, Kind.BYTES):
                 size += len(program.scalar(p))
         return size < 1000
+
+
+def _may_be_wanted(kind: int) -> bool:
+    """Whether a walk for tensors or placeholders looks at a value, or into it."""
+    return kind >= FIRST_NODE_KIND or kind in (Kind.TENSOR, Kind.STORAGE)
 
 
 def name_room(program: Program) -> int:

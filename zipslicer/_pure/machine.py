@@ -500,7 +500,7 @@ def scan_pickle(program: bytes, actions: Mapping[tuple[str, str], int], limits: 
     machine = Machine(actions, limits, len(program))
     root, stop = _run(program, machine)
     rest = machine.storages.values() if machine.dialect == STREAM else ()
-    return (*_flatten(root, machine.depth, stop, rest), stop + 1)
+    return (*_flatten(root, machine.depth, stop, rest, machine.globals.values()), stop + 1)
 
 
 def _run(program: bytes, machine: Machine) -> tuple[Any, int]:
@@ -760,8 +760,11 @@ def _size(program: bytes, pos: int, op: int, one: int, four: int) -> tuple[int, 
     return int.from_bytes(program[pos : pos + width], "little"), width
 
 
-def _flatten(root: Any, depth_limit: int, stop: int, rest: Iterable[Storage]) -> tuple[Any, ...]:
-    """Number what the root reaches, breadth first, into the columns of backend.Graph; then the rest of the storages.
+def _flatten(
+    root: Any, depth_limit: int, stop: int, rest: Iterable[Storage], named: Iterable[Global]
+) -> tuple[Any, ...]:
+    """Number what the root reaches, breadth first, into the columns of backend.Graph; then the rest of the storages,
+    and of the globals that were named.
 
     In a stream storages lie one after the other, so that where one is depends on all before it.
     """
@@ -876,6 +879,7 @@ def _flatten(root: Any, depth_limit: int, stop: int, rest: Iterable[Storage]) ->
     for storage in rest:
         if storage.root is None:
             storage_id(storage)
+    names += [(name.module, name.name) for name in named if id(name) not in ids]
     return (
         bytes(kinds),
         payloads.tobytes(),
