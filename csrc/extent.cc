@@ -262,15 +262,23 @@ class Run {
       : reader_(reader), archive_(archive), plan_(plan), poll_(poll) {}
 
   void run(int threads) {
+    // All memory is taken here, before a thread starts: one that throws for lack of it may find none to throw with, and
+    // glibc then ends the process.
+    const std::size_t count = thread_count(threads);
     std::vector<std::thread> workers;
+    std::vector<std::unique_ptr<Room>> rooms;
+    workers.reserve(count);
+    rooms.reserve(count);
+    rooms.push_back(std::make_unique<Room>(plan_));
     try {
-      for (std::size_t i = 1; i < thread_count(threads); ++i) {
-        workers.emplace_back([this] { work(Poll()); });
+      while (rooms.size() < count) {
+        rooms.push_back(std::make_unique<Room>(plan_));
+        workers.emplace_back([this, room = rooms.back().get()] { work(*room, Poll()); });
       }
     } catch (const std::exception&) {
-      // The system gives no more threads: fewer do the same work.
+      // The system gives no more threads, or no more memory: fewer do the same work.
     }
-    work(poll_);
+    work(*rooms.front(), poll_);
     for (std::thread& worker : workers) {
       worker.join();
     }
@@ -293,7 +301,9 @@ class Run {
   struct Room {
     explicit Room(const Plan& plan)
         : scratch(new unsigned char[plan.most_scratch() + 1]),
-          iovecs(new iovec[static_cast<std::size_t>(plan.most_iovecs())]) {}
+          iovecs(new iovec[static_cast<std::size_t>(plan.most_iovecs())]) {
+      heads.reserve(static_cast<std::size_t>(plan.most_iovecs()));  // of each of which one may be a header
+    }
 
     std::unique_ptr<unsigned char[]> scratch;  // uninitialised, unlike a vector
     unsigned char gap[kNear];
@@ -308,10 +318,9 @@ class Run {
     return std::min(static_cast<std::size_t>(std::clamp(threads, 1, kMaxThreads)), plan_.tasks());
   }
 
-  void work(const Poll& poll) {
+  void work(Room& room, const Poll& poll) {
     std::uint64_t offset = 0;
     try {
-      Room room(plan_);
       auto polled = std::chrono::steady_clock::now();
       for (std::size_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < plan_.tasks();) {
         for (std::size_t i = plan_.task(task); i != plan_.task(task + 1); ++i) {

@@ -1,5 +1,6 @@
-// Drives the reader of csrc/ on many threads, where neither Python nor torch runs: for ThreadSanitizer, AddressSanitizer
-// and LeakSanitizer. Writes an archive, and reads all of it at random, in every way there is, on every thread at once.
+// Drives the reader of csrc/ on many threads, where neither Python nor torch runs: for ThreadSanitizer,
+// AddressSanitizer and LeakSanitizer. Writes an archive, and reads all of it at random, in every way there is, on every
+// thread at once.
 //
 //     drive_reader FILE [ROUNDS]
 #include <fcntl.h>

@@ -37,7 +37,8 @@ void read(Span file) {
     require(entry.stored_nbytes >= 0 && entry.nbytes >= 0);
     require(static_cast<std::size_t>(entry.name_start + entry.name_nbytes) <= block.size);
     require(prefix <= static_cast<std::size_t>(entry.name_nbytes));
-    names.push_back(block.part(static_cast<std::size_t>(entry.name_start), static_cast<std::size_t>(entry.name_nbytes)));
+    names.push_back(
+        block.part(static_cast<std::size_t>(entry.name_start), static_cast<std::size_t>(entry.name_nbytes)));
   }
   const std::vector<std::int64_t> found = zipslicer::find_records(block, entries.data(), entries.size(), Span(), names);
   for (std::size_t i = 0; i < found.size(); ++i) {

@@ -1,4 +1,5 @@
-// libFuzzer target: any bytes as a pickle. The first one chooses the dialect of persistent ids, and tight or wide limits.
+// libFuzzer target: any bytes as a pickle. The first one chooses the dialect of persistent ids, and tight or wide
+// limits.
 #include <cstdlib>
 #include <string_view>
 
@@ -91,8 +92,9 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   }
   const int dialect = data[0] % 3;
   const bool tight = (data[0] & 0x80) != 0;
-  const zipslicer::Limits limits{tight ? 8 : 1000,     tight ? 3 : 64, tight ? 40 : 1 << 16, tight ? 12 : 1 << 16,
-                                 tight ? 2 : 4096, (data[0] & 0x40) != 0, dialect};
+  const zipslicer::Limits limits{
+      tight ? 8 : 1000,      tight ? 3 : 64, tight ? 40 : 1 << 16, tight ? 12 : 1 << 16, tight ? 2 : 4096,
+      (data[0] & 0x40) != 0, dialect};
   // A copy of the very size: a byte read beside it is told.
   const std::string program(reinterpret_cast<const char*>(data) + 1, size - 1);
   try {

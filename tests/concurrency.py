@@ -67,7 +67,7 @@ def of_a_process(sd: Any, seed: int, threads: int, reads: int, wrong: Any) -> No
 
 
 def on_processes(sd: Any, method: str, processes: int, threads: int, reads: int) -> int:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     wrong = context.Value("q", 0)
     started = [
         context.Process(target=of_a_process, args=(sd, 1000 * i, threads, reads // processes, wrong))

@@ -19,7 +19,10 @@ import torch
 
 import zipslicer
 
-STEPS = [size << 20 for size in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)]
+# A thread that finds no memory for its first step is the end of others' code: Python's Thread.start() waits for it for ever
+# (CPython 3.11), and glibc ends the process where there is none for what is local to the thread.
+THREAD = 96 << 20
+STEPS = [size << 20 for size in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)]
 
 
 def used() -> int:
@@ -57,19 +60,21 @@ def main() -> None:
             return list(other) == list(wanted) and other["s7"].equal(wanted["s7"])
 
     outcomes = []
-    with zipslicer.load(path, threads=2) as sd:
+    with zipslicer.load(path, threads=2) as sd, zipslicer.load(path, threads=1) as alone:
         assert is_right(sd.materialize())
         acts = (
-            opened,
-            lambda: is_right(sd.materialize()),
-            lambda: all(sd[f"l{i}"].equal(wanted[f"l{i}"]) for i in range(3)),
-            lambda: is_right(dict(sd.stream())),
-            lambda: sd.get_slice("l3")[::2].equal(wanted["l3"][::2]),
+            (opened, False),
+            (lambda: all(sd[f"l{i}"].equal(wanted[f"l{i}"]) for i in range(3)), False),
+            (lambda: sd.get_slice("l3")[::2].equal(wanted["l3"][::2]), False),
+            (lambda: is_right(alone.materialize()), False),
+            (lambda: is_right(sd.materialize()), True),
+            (lambda: is_right(dict(sd.stream())), True),
         )
         for room in STEPS:
-            for act in acts:
-                outcomes.append(attempt(act, room))
-                assert act(), "what failed once fails again"
+            for act, starts_threads in acts:
+                if room >= THREAD or not starts_threads:
+                    outcomes.append(attempt(act, room))
+                    assert act(), "what failed once fails again"
     print(json.dumps(outcomes))
 
 

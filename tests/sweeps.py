@@ -34,11 +34,13 @@ def facts_of(checkpoint: Any, *, with_bytes: bool) -> Facts:
         info = checkpoint.tensors.get_meta(name)
         found[name] = info.dtype_name, info.shape, info.strides, info.requires_grad, info.location
         if with_bytes:
-            found[name] += (conformance.logical_bytes(checkpoint.tensors[name]),)
+            value = checkpoint.tensors[name]  # a bent program may name a storage
+            is_tensor = isinstance(value, torch.Tensor)
+            found[name] += (conformance.logical_bytes(value) if is_tensor else conformance.storage_bytes(value),)
     return found
 
 
-def outcome(mutant: bytes | memoryview, wanted: Facts, *, with_bytes: bool) -> str:
+def outcome(mutant: bytes | bytearray, wanted: Facts, *, with_bytes: bool) -> str:
     try:
         with zipslicer.open(mutant, verify=True) as checkpoint:
             return "right" if facts_of(checkpoint, with_bytes=with_bytes) == wanted else "wrong"

@@ -19,7 +19,7 @@ from zipslicer.comparison import Compared, compare  # noqa: E402
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    tree: dict[str, Any] = {
+    tree: dict[Any, Any] = {
         "model": {"w": torch.arange(12.0).view(3, 4).t(), "half": torch.ones(5).half(), "none": torch.empty(0)},
         "sparse": torch.eye(3).to_sparse(),
         "history": [0.5, {"eval": torch.ones(3, dtype=torch.complex64).conj()}, math.nan],

@@ -7,7 +7,9 @@ no code of the file is run for the sake of a comparison.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import pickle  # for the name of its error only
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -43,9 +45,14 @@ class _DifferenceError(Exception):
 
 
 def compare(checkpoint: Checkpoint) -> Compared:
-    """The root of a file on disk with what torch.load gives for its path, which it maps where it can. Raises: ImportError."""
+    """The root of a file on disk with what torch.load gives for its path, which it maps where it can.
+
+    Raises: ImportError without torch; ValueError for a checkpoint without a path.
+    """
     import torch
 
+    if checkpoint.path is None:
+        raise ValueError("torch.load is asked for the file at a path, and this checkpoint has none")
     found = Compared()
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
@@ -72,7 +79,7 @@ class _Walk:
         self._seen: set[int] = set()
 
     def value(self, where: str, eager: Any, lazy: Any) -> None:
-        waiting = [(where, eager, lambda: lazy)]
+        waiting: list[tuple[str, Any, Callable[[], Any]]] = [(where, eager, lambda: lazy)]
         while waiting:
             where, eager, get = waiting.pop()
             waiting += reversed(list(self._step(where, eager, get())))
@@ -90,11 +97,11 @@ class _Walk:
         elif isinstance(eager, Mapping):
             _same(where, "keys", list(map(_key, eager)), list(map(_key, lazy)))
             for key, value in zip(lazy, eager.values()):
-                yield f"{where}[{key!r:.60}]", value, lambda key=key: lazy[key]
+                yield f"{where}[{key!r:.60}]", value, functools.partial(operator.getitem, lazy, key)
         elif isinstance(eager, (list, tuple)) and not isinstance(eager, self._torch.Size):
             _same(where, "length", len(eager), len(lazy))
             for place, value in enumerate(eager):
-                yield f"{where}[{place}]", value, lambda place=place: lazy[place]
+                yield f"{where}[{place}]", value, functools.partial(operator.getitem, lazy, place)
         else:
             self._other(where, eager, lazy)
 

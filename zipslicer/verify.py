@@ -179,7 +179,9 @@ class _Checking:
         buffer = getattr(self._own, "buffer", None)
         if buffer is None:
             buffer = self._own.buffer = memoryview(archive.backend.allocate(PIECE))
-        jobs, views, place = [], [], 0
+        jobs: list[int] = []
+        views: list[memoryview] = []
+        place = 0
         for piece in pieces:
             jobs += (piece.record, piece.start, piece.nbytes, 0, place)
             views.append(buffer[place : place + piece.nbytes])

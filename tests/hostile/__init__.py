@@ -77,6 +77,11 @@ def w(**bent: Any) -> Callable[[Pickle], object]:
     return lambda pickle: pickle.tensor(**{**right, **bent})
 
 
+def raw(content: bytes) -> Callable[[Pickle], object]:
+    """Writes these opcodes."""
+    return lambda pickle: pickle.raw(content)
+
+
 def program(**items: Callable[[Pickle], object]) -> bytes:
     """A pickle of a dict; without arguments that of FOUR_FLOATS under "w"."""
     return Pickle().dict(items or {"w": w()}).stop()

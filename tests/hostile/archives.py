@@ -440,7 +440,7 @@ def names_of_one_hash() -> Iterator[Attack]:
     """Names that FNV-1a and a plain sum hash alike are permutations and repetitions: no table may mind."""
     shuffled = random.Random(1)
     letters = list("abcdefghijkl")
-    names = set()
+    names: set[str] = set()
     while len(names) < 20_000:
         shuffled.shuffle(letters)
         names.add("archive/data/" + "".join(letters))
@@ -477,10 +477,10 @@ def descriptor_lies() -> Iterator[Attack]:
     for name, data in CONTENTS.items():
         archive.add(name, data, flags=makers.DESCRIPTOR_FLAG, local={"crc": 0, "stored_nbytes": 0, "nbytes": 0})
     yield attack("none there", archive.finish().data, ARCHIVE, RIGHT)
-    data = bytearray(bent(descriptor=16).finish().data)
-    at = data.index(b"PK\7\x08")
-    data[at + 8 : at + 16] = struct.pack("<2L", 8, 8)
-    yield attack("other sizes", bytes(data), ARCHIVE, RIGHT)
+    lies = bytearray(bent(descriptor=16).finish().data)
+    at = lies.index(b"PK\7\x08")
+    lies[at + 8 : at + 16] = struct.pack("<2L", 8, 8)
+    yield attack("other sizes", bytes(lies), ARCHIVE, RIGHT)
 
 
 @trick

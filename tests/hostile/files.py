@@ -81,9 +81,13 @@ def mostly_hole() -> Iterator[Attack]:
             file.seek((1 << 40) - len(data))
             file.write(data)
 
+    def hole(path: Path) -> None:
+        path.touch()
+        os.truncate(path, 1 << 40)
+
     yield attack("behind", laid(behind), ARCHIVE)
     yield attack("before", laid(before), ARCHIVE, UNSUPPORTED)
-    yield attack("nothing else", laid(lambda path: (path.touch(), os.truncate(path, 1 << 40))), ARCHIVE, UNSUPPORTED)
+    yield attack("nothing else", laid(hole), ARCHIVE, UNSUPPORTED)
 
 
 @trick

@@ -21,6 +21,7 @@ from hostile import (
     beside,
     checkpoint,
     program,
+    raw,
     trick,
     w,
 )
@@ -59,10 +60,6 @@ def text(value: str) -> Callable[[Pickle], object]:
 
 def number(value: int) -> Callable[[Pickle], object]:
     return lambda pickle: pickle.integer(value)
-
-
-def raw(content: bytes) -> Callable[[Pickle], object]:
-    return lambda pickle: pickle.raw(content)
 
 
 def call(module: str, name: str, *arguments: Callable[[Pickle], object]) -> Callable[[Pickle], object]:
@@ -750,9 +747,9 @@ def text_for_a_terminal() -> Iterator[Attack]:
 @trick
 def names_that_meet() -> Iterator[Attack]:
     """Two ways to one dotted name: none of the two tensors is lost."""
-    for tag, write in (
-        ("dotted", {"a.b": w(), "a": lambda p: p.dict({"b": w(key="1")})}),
-        ("index", {"a.0": w(), "a": lambda p: w(key="1")(p.raw(b"]")) and p.raw(b"a")}),
-    ):
-        data = checkpoint(program(**write), **{"1": bytes(16)})  # type: ignore[arg-type]
+    inner = Pickle()
+    w(key="1")(inner)
+    nested = Pickle().dict({"b": w(key="1")}).body()
+    for tag, name, other in (("dotted", "a.b", nested), ("index", "a.0", b"]" + inner.body() + b"a")):
+        data = checkpoint(program(**{name: w(), "a": raw(other)}), **{"1": bytes(16)})
         yield attack(tag, data, RIGHT, PROGRAM, holds={})

@@ -24,6 +24,7 @@ from hostile import (
     beside,
     checkpoint,
     program,
+    raw,
     trick,
     w,
 )
@@ -163,7 +164,7 @@ def number_of_arguments() -> Iterator[Attack]:
     ):
         for version in ("", "_v2", "_v3"):
             call = b"ctorch._utils\n_rebuild_tensor" + version.encode() + b"\n" + body
-            yield attack(f"{version} {tag}", beside(lambda p, c=call: p.raw(c)), PROGRAM)  # type: ignore[misc]
+            yield attack(f"{version} {tag}", beside(raw(call)), PROGRAM)
 
 
 @trick
@@ -355,7 +356,7 @@ def parameter_of_nonsense() -> Iterator[Attack]:
         ("numbers", b"(K\1K\2K\3tR"),
     ):
         call = b"ctorch._utils\n_rebuild_parameter\n" + body
-        yield attack(tag, beside(lambda p, c=call: p.raw(c)), RIGHT, TABLE)  # type: ignore[misc]
+        yield attack(tag, beside(raw(call)), RIGHT, TABLE)
 
     def shadowing(pickle: Pickle) -> object:
         pickle.name("torch._utils", "_rebuild_parameter_with_state").mark()
@@ -545,7 +546,7 @@ def meta_tensor_is_hostile() -> Iterator[Attack]:
         ("text", b"U\1a\x85"),
     ):
         body = b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\n" + sizes + b"K\1\x85\x89tR"
-        yield attack(tag, beside(lambda p, c=body: p.raw(c)), RIGHT, DESCRIBED, TABLE, PROGRAM, holds={"w": NUMBERS})  # type: ignore[misc]
+        yield attack(tag, beside(raw(body)), RIGHT, DESCRIBED, TABLE, PROGRAM, holds={"w": NUMBERS})
 
 
 def array(shape: bytes, dtype: bytes, data: bytes, version: bytes = b"K\1") -> bytes:
@@ -591,7 +592,7 @@ def numpy_scalar_is_hostile() -> Iterator[Attack]:
         ("dtype of text", b"U\2f8", b"\x41" * 8),
     ):
         body = b"cnumpy._core.multiarray\nscalar\n(" + dtype + b"C" + bytes([len(data)]) + data + b"tR"
-        yield attack(tag, beside(lambda p, c=body: p.raw(c)), RIGHT, PROGRAM, UNSUPPORTED)  # type: ignore[misc]
+        yield attack(tag, beside(raw(body)), RIGHT, PROGRAM, UNSUPPORTED)
 
 
 @trick
@@ -604,12 +605,8 @@ def storage_called() -> Iterator[Attack]:
         ("torch", "zeros"),
         ("torch.storage", "TypedStorage"),
     ):
-        yield attack(
-            f"{module}.{name}",
-            beside(lambda p, m=module, n=name: p.call(m, n, lambda q: q.integer(1 << 40))),
-            RIGHT,
-            PROGRAM,
-        )  # type: ignore[misc]
+        body = Pickle().call(module, name, lambda pickle: pickle.integer(1 << 40)).body()
+        yield attack(f"{module}.{name}", beside(raw(body)), RIGHT, PROGRAM)
 
 
 @trick

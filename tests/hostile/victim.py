@@ -73,13 +73,13 @@ class Watch:
 
     def _is_reading(self, event: str, args: tuple[Any, ...]) -> bool:
         if event == "os.listdir" or event == "os.scandir":
-            return args[0] == self.path
+            return bool(args[0] == self.path)
         if event != "open":
             return False
         path, _, flags = args
         is_its_own = isinstance(path, int) or str(path).startswith(self.folder) or path == self.path
         is_temporary = self.unpacks and path == tempfile.gettempdir()  # a file without a name, or the look for one
-        return is_temporary or (is_its_own and not flags & ~READING)
+        return bool(is_temporary or (is_its_own and not flags & ~READING))
 
 
 def state_of_the_process() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -59,7 +60,12 @@ def allocate(nbytes: int) -> Any:
     whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
     size = (whole if whole - nbytes <= nbytes // 20 else nbytes) + HUGE_PAGE
     # Private, which is not mmap's default: a shared mapping gets no huge pages, and forked children would write to it.
-    room = mmap.mmap(-1, size, **PRIVATE)
+    try:
+        room = mmap.mmap(-1, size, **PRIVATE)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"no {nbytes} bytes of memory") from None
+        raise
     with contextlib.suppress(
         AttributeError, OSError, ValueError
     ):  # no huge pages here: 4 KiB ones are right, and slower
