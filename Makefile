@@ -139,8 +139,22 @@ $(FUZZED)/fuzz_%: fuzz/fuzz_%.cc $(CORE) $(wildcard csrc/*.h)
 	@mkdir -p $(FUZZED)
 	$(CLANGXX) $(FUZZ_FLAGS) -o $@ $< $(CORE) -pthread
 
-$(VENV)/.fuzzers: $(VENV)/.installed
+# A plain install in an environment of its own, which sees the packages of .venv behind it: an editable one comes by a
+# loader that atheris cannot look into, and without sanitizers.
+define make_plain_venv  # $(1) folder, $(2) CXXFLAGS
+	@rm -rf $(1)
+	$(PYTHON) -m venv --without-pip $(1)
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
+	CXXFLAGS="$(2)" $(VENV)/bin/python -m pip --python $(1)/bin/python install $(PIP_FLAGS) --no-build-isolation --no-deps \
+	    --force-reinstall .
+endef
+
+FUZZ := .venv-fuzz
+
+$(FUZZ)/.installed: $(VENV)/.installed $(wildcard zipslicer/*.py zipslicer/*/*.py)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) atheris
+	$(call make_plain_venv,$(FUZZ),)
 	@touch $@
 
 $(FUZZED)/seeds: $(VENV)/.installed $(wildcard fuzz/seeds.py tests/hostile/*.py tests/makers.py)
@@ -156,20 +170,23 @@ define fuzz  # $(1) command, $(2) folder of seeds
 	    grep -v "^#\|INFO: \|NEW_FUNC" | tail -25; exit $${PIPESTATUS[0]}
 endef
 
-fuzz: $(FUZZED)/fuzz_directory $(FUZZED)/fuzz_machine $(FUZZED)/seeds $(VENV)/.fuzzers
+fuzz: $(FUZZED)/fuzz_directory $(FUZZED)/fuzz_machine $(FUZZED)/seeds $(FUZZ)/.installed
 	$(call fuzz,$(FUZZED)/fuzz_directory,directory)
 	$(call fuzz,$(FUZZED)/fuzz_machine,machine)
-	$(call fuzz,env ZIPSLICER_BACKEND=pure $(VENV)/bin/python fuzz/fuzz_open.py,open)
-	$(call fuzz,env ZIPSLICER_BACKEND=native $(VENV)/bin/python fuzz/fuzz_open.py,open)
-	$(call fuzz,$(VENV)/bin/python fuzz/fuzz_differential.py,machine)
+	$(call fuzz,env ZIPSLICER_BACKEND=pure $(FUZZ)/bin/python fuzz/fuzz_open.py,open)
+	$(call fuzz,env ZIPSLICER_BACKEND=native $(FUZZ)/bin/python fuzz/fuzz_open.py,open)
+	$(call fuzz,$(FUZZ)/bin/python fuzz/fuzz_differential.py,machine)
 
 # The reader alone on threads under ThreadSanitizer, then all tests with a native module under AddressSanitizer and UBSan.
 # That module lies in an environment of its own, which sees the packages of .venv behind it. Leaks are looked for in the
 # reader and, by the fuzzers, in the parsers: Python itself never frees all.
 SANITIZED := build/sanitize
+COMMA := ,
 ASAN := .venv-asan
 SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all
 DRIVER := fuzz/drive_reader.cc
+# ThreadSanitizer wants to know where memory lies; where that cannot be had, the kernel may place it well enough.
+FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 $(SANITIZED)/drive_thread: $(DRIVER) $(CORE) $(wildcard csrc/*.h)
 	@mkdir -p $(SANITIZED)
@@ -180,22 +197,19 @@ $(SANITIZED)/drive_address: $(DRIVER) $(CORE) $(wildcard csrc/*.h)
 	$(CXX) $(SANITIZE_FLAGS) -fsanitize=address,undefined -o $@ $(DRIVER) $(CORE) -pthread
 
 $(ASAN)/.installed: $(VENV)/.installed $(wildcard zipslicer/*.py zipslicer/*/*.py)
-	@rm -rf $(ASAN)
-	$(PYTHON) -m venv --without-pip $(ASAN)
-	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$($(ASAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
-	CXXFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-	    $(VENV)/bin/python -m pip --python $(ASAN)/bin/python install $(PIP_FLAGS) --no-build-isolation --no-deps \
-	    --config-settings=cmake.build-type=RelWithDebInfo --force-reinstall .
+	$(call make_plain_venv,$(ASAN),-g -fno-omit-frame-pointer -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
 	@touch $@
 
 # Python and torch are not instrumented: the runtime is loaded before them, and what they never free is not asked about.
 sanitize: $(SANITIZED)/drive_thread $(SANITIZED)/drive_address $(ASAN)/.installed
-	setarch -R $(SANITIZED)/drive_thread $(SANITIZED)/archive
+	$(FIXED) $(SANITIZED)/drive_thread $(SANITIZED)/archive
 	ASAN_OPTIONS=detect_leaks=1 $(SANITIZED)/drive_address $(SANITIZED)/archive
-	ZIPSLICER_BACKEND=native OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	cd $(SANITIZED) && \
+	    ZIPSLICER_SANITIZED=1 ZIPSLICER_BACKEND=native OMP_NUM_THREADS=1 \
+	    ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	    $(ASAN)/bin/python $(VENV)/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
+	    $(CURDIR)/$(ASAN)/bin/python $(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	    -p no:cacheprovider $(PYTEST_ARGS) $(CURDIR)/tests
 
 bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/make_files.py
@@ -214,7 +228,7 @@ format: $(VENV)/.packages
 	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(NUMPY) $(ASAN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(NUMPY) $(ASAN) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-bench:

@@ -181,3 +181,13 @@ def test_a_program_and_a_directory_of_more_than_a_megabyte(tmp_path: Any) -> Non
     with pytest.raises(ValueError, match="closed"):
         state_dict[names[0]]
     assert bytes(program[:2]) == b"\x80\x02"  # as long as anybody has a view of it, closed or not
+
+
+def test_placeholders_within_placeholders_are_those_of_the_root() -> None:
+    """Made once: a nest of them would otherwise be built anew for each of its levels, in quadratic time."""
+    program = b"\x80\2}U\1acpkg\nOuter\n)Rcpkg\nInner\n)Rbs."
+    with zipslicer.open(makers.checkpoint(program).data) as checkpoint:
+        outer = checkpoint.root["a"]
+        assert list(checkpoint.placeholders) == ["a", "a.state"]
+        assert checkpoint.placeholders["a"] is outer
+        assert checkpoint.placeholders["a.state"] is zipslicer.describe(outer).state

@@ -28,7 +28,7 @@ from .errors import CheckpointError, TableError, ZipSlicerError
 from .plan import Geometry
 from .plan import index as apply_index
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
-from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Program
+from .program import ARGS, KWARGS, MISSING, PARTIAL, STATE, Builder, Program
 from .stream import BUDGET_NBYTES, WHOLE, Wanted, bar_of, nbytes_of, stream
 from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
@@ -199,7 +199,13 @@ class View:
     def _make(self, position: int, node: int) -> Any:
         program = self.program
         if not program.has_tensors(node):
-            return program.build(position, _no_tensor, self.special)
+            builder = Builder(program, _no_tensor, self.special)
+            made = builder.build(position)
+            # A touch of a placeholder within gives that one: to build each level of a nest anew would be quadratic.
+            for inner, value in builder.objects.items():
+                if type(value) is Placeholder and inner != node:
+                    self.held.setdefault(inner, value)
+            return made
         if program.allowed(node) is not MISSING if program.kind(node) in (Kind.CALL, Kind.OBJECT) else False:
             return self.reader.builder([position]).build(position)
         if program.is_mapping(node):
