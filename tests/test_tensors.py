@@ -438,7 +438,9 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.skipif("ZIPSLICER_SANITIZED" in os.environ, reason="a spawned process does not find the module of this test")
+@pytest.mark.skipif(
+    "ZIPSLICER_SANITIZED" in os.environ, reason="a spawned process does not find the module of this test"
+)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_dataloader_read_the_same_file(tmp_path: Path, method: str) -> None:
     path = tmp_path / "a.pt"
