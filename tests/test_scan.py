@@ -12,7 +12,7 @@ from makers import Pickle, Zip
 
 import zipslicer
 from zipslicer.cli import main
-from zipslicer.errors import ArchiveError, ProgramError, TableError, ZipSlicerError
+from zipslicer.errors import ArchiveError, ProgramError, TableError, UnsupportedError, ZipSlicerError
 
 FLOATS = bytes(16)
 
@@ -181,3 +181,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     assert [one["verdict"] for one in found] == ["dangerous", "unreadable"]
     assert found[0]["globals"] == [{"name": "os.system", "kind": "dangerous", "where": ["archive/data.pkl"]}]
+
+
+def test_a_chain_of_too_many_pickles(tmp_path: Path) -> None:
+    found = scanned(tmp_path, b"\x80\2N." * 20_000, "x.pkl")
+    assert (found.verdict, type(found.error)) == ("refused", UnsupportedError)

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from .archive import Archive
-from .backend import Backend, Dialect, Graph, choose
+from .backend import Backend, Dialect, Graph, Text, choose
 from .checkpoint import open as open_checkpoint
-from .errors import ArchiveError, ZipSlicerError
+from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .exports import CHECKPOINTS, flat_archive
 from .legacy import Legacy, open_archive
 from .policy import Limits, actions, machine_limits
@@ -28,6 +28,8 @@ __all__ = ["Finding", "Scan", "scan"]
 PICKLES = (".pkl", ".pickle")  # the records that are run, by their names
 KINDS = ("dangerous", "unknown", "known")  # the worst first
 DEPTH = 3  # checkpoints within checkpoints that are looked into
+CHAIN = 10_000  # plain pickles, one after the other
+FEW = 1 << 16  # bytes of the next one that are tried first
 
 # Modules and names whose call runs what it is given, starts a program, writes a file or reaches the network. The list
 # only sets the tone: what is on it is "dangerous", any other stranger is "unknown", and both fail a scan.
@@ -162,9 +164,7 @@ class _Scanning:
             Finding(f"{module}.{name}", kind_of(module, name), tuple(where))
             for (module, name), where in self._named.items()
         ]
-        return tuple(
-            sorted(made, key=lambda finding: (("dangerous", "unknown", "known").index(finding.kind), finding.name))
-        )
+        return tuple(sorted(made, key=lambda finding: (KINDS.index(finding.kind), finding.name)))
 
     def file(self, path: str) -> bool:
         """Note all that a file names. False where it is a plain pickle, which `open` does not take."""
@@ -204,11 +204,11 @@ class _Scanning:
             finally:  # an error late in the file leaves what was named early
                 self._note(archive.named, before.removesuffix("/"))
             return
-        root = len(archive.root)
+        root = archive.root.decode("utf-8", "backslashreplace")
         for record, name in enumerate(archive.names()):
-            below = name[root:]
+            below = name.removeprefix(root)
             if below.endswith(PICKLES):
-                self._pickle(bytes(archive.text(record, self._limits.program_nbytes)), before + name)
+                self._pickle(archive.text(record, self._limits.program_nbytes), before + name)
             elif below.endswith(".py") and below.startswith("code/"):
                 self.programs.append(before + name)
             elif below.endswith(CHECKPOINTS) and depth:
@@ -218,14 +218,28 @@ class _Scanning:
     def _chain(self, source: ByteSource, before: str) -> bool:
         """A file of plain pickles, one after the other. False where the first bytes are none."""
         nbytes = min(source.size - source.start, self._limits.program_nbytes)
-        text = read_at(self._backend, source, source.start, nbytes)
-        at = 0
+        text = memoryview(read_at(self._backend, source, source.start, nbytes))
+        at = count = 0
         with contextlib.suppress(ZipSlicerError):
-            while at < len(text):
-                at += self._pickle(text[at:], before.removesuffix("/"))
+            while at < len(text) and count < CHAIN:
+                at += self._next(text[at:], before.removesuffix("/"))
+                count += 1
+        if count == CHAIN:
+            raise UnsupportedError(f"more than {CHAIN} pickles follow each other", offset=source.start + at)
         return at > 0
 
-    def _pickle(self, text: bytes, where: str) -> int:
+    def _next(self, text: memoryview, where: str) -> int:
+        """The first of many pickles: more bytes are tried for as long as it does not end in those that were."""
+        nbytes = FEW
+        while True:
+            try:
+                return self._pickle(bytes(text[:nbytes]), where)
+            except ZipSlicerError:
+                if nbytes >= len(text):
+                    raise
+                nbytes *= 16
+
+    def _pickle(self, text: Text, where: str) -> int:
         """Note what a pickle names -> how long it is."""
         graph = Graph(*self._backend.scan_pickle(text, actions(), machine_limits(self._limits, False, Dialect.ZIP)))
         self._note(graph.globals, where)

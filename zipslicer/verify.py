@@ -219,7 +219,7 @@ class _Checking:
 
 def combined(first: int, second: int, nbytes: int) -> int:
     """The CRC-32 of two stretches one after the other, the second of which has `nbytes`, from that of each."""
-    return _product(_x_to_the(8 * nbytes), first) ^ second
+    return _product(_x_to_the(8 * nbytes), first) ^ second if first else second
 
 
 def _product(a: int, b: int) -> int:
