@@ -231,13 +231,11 @@ class _Scanning:
     def _next(self, text: memoryview, where: str) -> int:
         """The first of many pickles: more bytes are tried for as long as it does not end in those that were."""
         nbytes = FEW
-        while True:
-            try:
+        while nbytes < len(text):
+            with contextlib.suppress(ZipSlicerError):
                 return self._pickle(bytes(text[:nbytes]), where)
-            except ZipSlicerError:
-                if nbytes >= len(text):
-                    raise
-                nbytes *= 16
+            nbytes *= 16
+        return self._pickle(bytes(text), where)
 
     def _pickle(self, text: Text, where: str) -> int:
         """Note what a pickle names -> how long it is."""
