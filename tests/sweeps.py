@@ -81,9 +81,9 @@ def swept(content: bytes, *, payload_bytes: int | None, cuts: Iterable[int]) -> 
         bare = facts_of(checkpoint, with_bytes=False)
         is_legacy = isinstance(checkpoint._view.table.archive, Legacy)
     inside = [place for part in payloads_of(content) for place in part]
+    within = set(inside)
     if payload_bytes is not None and len(inside) > payload_bytes:
         inside = sorted(random.Random(3).sample(inside, payload_bytes))
-    within = {place for part in payloads_of(content) for place in part}
     structure = [place for place in range(len(content)) if place not in within]
     # Nothing vouches for the numbers of a format without checksums: there the facts must be right, or an error comes.
     counts = {

@@ -13,7 +13,7 @@ from typing import Any
 from .archive import Archive
 from .backend import Entry, choose
 from .errors import ArchiveError, ChangedError
-from .exports import flat_archive, is_checkpoint, is_config, is_package, read_config, read_layout
+from .exports import any_archive, is_checkpoint, is_config, is_package, read_config, read_layout
 from .joined import join
 from .legacy import Legacy, open_archive
 from .policy import Limits
@@ -336,10 +336,7 @@ def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
 
 
 def _archive(source: ByteSource, terms: _Terms) -> Archive:
-    try:
-        return open_archive(source, _BACKEND, terms.limits, terms.window)
-    except ArchiveError as error:
-        return flat_archive(source, _BACKEND, terms.limits, terms.window, terms.record, error)
+    return any_archive(source, _BACKEND, terms.limits, terms.window, terms.record)
 
 
 def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = None) -> TensorTable:

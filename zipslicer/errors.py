@@ -79,12 +79,17 @@ class ZipSlicerError(Exception):
             where.append(f"file {self.path!r}")
         text = self.message + (f" ({', '.join(where)})" if where else "")
         # Names out of the file may hold terminal escapes, newlines or lone surrogates: none of them reaches a log.
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = printable(text)
         return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call cls(*args) and lose the keyword attributes on the way out of a worker.
         return (_rebuild, (type(self), self.message, self.__dict__.copy()))
+
+
+def printable(text: str) -> str:
+    """Text out of a file, for a terminal or a log: what is no sign is spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _rebuild(cls: type[ZipSlicerError], message: str, state: dict[str, Any]) -> ZipSlicerError:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from .archive import LOCAL_SIGNATURE, STORED, Archive
 from .backend import DIFFERENTIABLE, Backend, Entry, Graph, Kind
 from .errors import ArchiveError, TableError, UnsupportedError, ZipSlicerError
-from .legacy import MAGIC_BYTES
+from .legacy import MAGIC_BYTES, open_archive
 from .plan import Geometry, hull, numel
 from .policy import DTYPES, Limits, dtype_named
 from .program import Program
@@ -32,7 +32,7 @@ __all__ = [
     "FlatArchive",
     "Layout",
     "Part",
-    "flat_archive",
+    "any_archive",
     "is_checkpoint",
     "is_config",
     "is_package",
@@ -428,7 +428,17 @@ class FlatArchive(Archive):
         self.block, self.root = block, b""
 
 
-def flat_archive(
+def any_archive(
+    source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None = None, record: str = MAIN
+) -> Archive:
+    """One of torch's, or else a flat one that is known. Raises: what open_archive raises."""
+    try:
+        return open_archive(source, backend, limits, window)
+    except ArchiveError as error:
+        return _flat_archive(source, backend, limits, window, record, error)
+
+
+def _flat_archive(
     source: ByteSource, backend: Backend, limits: Limits, window: tuple[int, int] | None, record: str, why: ArchiveError
 ) -> FlatArchive:
     """The archive that was refused as one of torch's, where it is another that is known. Raises: `why`, as it was."""

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from .backend import COMPLEX, DIFFERENTIABLE, UNTYPED, Dialect, Verb
 from .backend import Limits as MachineLimits
+from .errors import printable
 
 __all__ = [
     "COMPOSITES",
@@ -508,7 +509,7 @@ def describe(placeholder: Placeholder) -> Description:
 
 def _quoted(text: str, limit: int = 120) -> str:
     """Text out of a file, for a terminal: printable, bounded."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    text = printable(text[:limit])
     return text if len(text) <= limit else text[:limit]
 
 

@@ -16,8 +16,8 @@ from .archive import Archive
 from .backend import Backend, Dialect, Graph, Text, choose
 from .checkpoint import open as open_checkpoint
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
-from .exports import CHECKPOINTS, flat_archive
-from .legacy import Legacy, open_archive
+from .exports import CHECKPOINTS, any_archive
+from .legacy import Legacy
 from .policy import Limits, actions, machine_limits
 from .safetensors_file import is_safetensors
 from .shards import locate, read_index
@@ -183,19 +183,13 @@ class _Scanning:
             if is_safetensors(source, self._backend):
                 return True
             try:
-                archive = self._opened(source, None)
+                archive = any_archive(source, self._backend, self._limits)
             except ArchiveError:
                 if not self._chain(source, before):
                     raise
                 return False
             self._archive(archive, before, DEPTH)
             return True
-
-    def _opened(self, source: ByteSource, window: tuple[int, int] | None) -> Archive:
-        try:
-            return open_archive(source, self._backend, self._limits, window)
-        except ArchiveError as error:
-            return flat_archive(source, self._backend, self._limits, window, "data.pkl", error)
 
     def _archive(self, archive: Archive, before: str, depth: int) -> None:
         if isinstance(archive, Legacy):
@@ -212,7 +206,7 @@ class _Scanning:
             elif below.endswith(".py") and below.startswith("code/"):
                 self.programs.append(before + name)
             elif below.endswith(CHECKPOINTS) and depth:
-                inner = self._opened(archive.source, archive.extent(record))
+                inner = any_archive(archive.source, self._backend, self._limits, archive.extent(record))
                 self._archive(inner, f"{before}{name}/", depth - 1)
 
     def _chain(self, source: ByteSource, before: str) -> bool:

@@ -23,12 +23,8 @@ from .directory import COUNTED, ENTRY_FIELDS, LOCAL, parse_local_header
 
 HUGE_PAGE = 2 << 20
 LARGE_FROM = HUGE_PAGE - HUGE_PAGE // 21  # bytes; a huge page of which one byte in twenty is not used
-CHUNK = (
-    HUGE_PAGE  # what a thread takes of a large extent; more is no faster from the page cache, and slower from a disk
-)
-CACHED_CALL = (
-    512 << 10
-)  # bytes; what one call of it asks of the page cache: the kernel reads ahead best for small steps
+CHUNK = HUGE_PAGE  # what a thread takes of a large extent; more is no faster, and slower from a disk
+CACHED_CALL = 512 << 10  # bytes; what one call of it asks of the page cache: readahead is best for small steps
 THREADS_FROM = 4 << 20  # bytes; below, starting a thread costs more than it gives
 NEAR = 4096  # bytes; a gap of at most a page is read along: its page is in memory or on its way anyway
 # Of many small reads so many are done together: what is made for them is gone before the garbage collector, whose rounds

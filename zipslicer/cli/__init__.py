@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import __version__, backend
-from ..errors import ZipSlicerError
+from ..errors import ZipSlicerError, printable
 
 __all__ = ["main"]
 
@@ -70,21 +70,16 @@ def _of_file(path: str, options: argparse.Namespace) -> tuple[int, dict[str, Any
         say(f"REFUSED  {path}\n  {type(error).__name__}: {error}")
         return REFUSED, {"path": path, "verdict": "refused", "error": f"{type(error).__name__}: {error}"}
     except OSError as error:
-        print(f"zipslicer: {_line(path)}: {error.strerror or error}", file=sys.stderr)
+        print(f"zipslicer: {printable(path)}: {error.strerror or error}", file=sys.stderr)
         return UNREADABLE, {"path": path, "verdict": "unreadable", "error": str(error)}
 
 
 def _say(text: str) -> None:
-    print("\n".join(map(_line, text.split("\n"))))
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 def _silent(text: str) -> None:
     del text
-
-
-def _line(text: str) -> str:
-    """Names out of files may hold terminal escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------- check
