@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,13 @@ def test_an_unknown_option_is_an_error_of_usage(capsys: pytest.CaptureFixture[st
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "zipslicer", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{zipslicer.__version__} ({zipslicer.backend()})\n")
+
+
+def test_a_folder_of_several_checkpoints_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).write_bytes(b"")
+    for command in ("check", "scan"):
+        assert main([command, str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("zipslicer: the folder ")
+        assert "a.pth, b.pth" in said

@@ -20,7 +20,7 @@ from ..errors import ZipSlicerError, printable
 
 __all__ = ["main"]
 
-GOOD, FOUND, REFUSED, UNREADABLE = 0, 1, 3, 4
+GOOD, FOUND, WRONG_USE, REFUSED, UNREADABLE = range(5)
 SHOWN = 20  # damaged records, or globals of one kind, of a file
 
 
@@ -72,6 +72,9 @@ def _of_file(path: str, options: argparse.Namespace) -> tuple[int, dict[str, Any
     except OSError as error:
         print(f"zipslicer: {printable(path)}: {error.strerror or error}", file=sys.stderr)
         return UNREADABLE, {"path": path, "verdict": "unreadable", "error": str(error)}
+    except ValueError as error:  # a folder of several checkpoints, no threads: what the caller asked for is at fault
+        print(f"zipslicer: {printable(str(error))}", file=sys.stderr)
+        return WRONG_USE, {"path": path, "verdict": "unreadable", "error": str(error)}
 
 
 def _say(text: str) -> None:
