@@ -37,8 +37,20 @@ def saved(path: Path, **options: Any) -> bytes:
     return path.read_bytes()
 
 
+def trained(path: Path) -> bytes:
+    """A model and its optimizer after a step: as much of a training checkpoint as 8 KB hold."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}, path)
+    return path.read_bytes()
+
+
 FILES: dict[str, Callable[[Path], bytes]] = {
     "torch": saved,
+    "a training checkpoint": trained,
     "deflated": lambda path: makers.rezipped(makers.records_of(saved(path)), method=makers.DEFLATED).data,
     "zip64": lambda path: makers.rezipped(makers.records_of(saved(path)), zip64=True).data,
     "streamed": lambda path: makers.rezipped(makers.records_of(saved(path)), descriptor=16).data,
