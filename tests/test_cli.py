@@ -44,3 +44,14 @@ def test_a_folder_of_several_checkpoints_is_wrong_use(tmp_path: Path, capsys: py
         said = capsys.readouterr().err
         assert said.startswith("zipslicer: the folder ")
         assert "a.pth, b.pth" in said
+
+
+def test_ctrl_c_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["zipslicer.scan"], "scan", interrupted)  # the function has the name of its module
+    assert main(["scan", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "zipslicer: interrupted\n"

@@ -4,7 +4,7 @@
     zipslicer scan FILE...      what plain pickle would run
 
 Exit status: 0 nothing was found, 1 something was (damage, a difference, a stranger), 2 wrong use, 3 a file is refused,
-4 the system cannot read one. Of several files the highest counts.
+4 the system cannot read one. Of several files the highest counts. 130 says that Ctrl-C ended it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..errors import ZipSlicerError, printable
 __all__ = ["main"]
 
 GOOD, FOUND, WRONG_USE, REFUSED, UNREADABLE = range(5)
+INTERRUPTED = 130  # as shells say it: 128 and the number of the signal
 SHOWN = 20  # damaged records, or globals of one kind, of a file
 
 
@@ -42,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(options, "act"):
         parser.print_help()
         return GOOD
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("zipslicer: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
     results, status = [], GOOD
     for path in options.files:
         found, result = _of_file(path, options)
