@@ -69,6 +69,14 @@ def test_differences(path: Path, monkeypatch: pytest.MonkeyPatch, bend: Callable
     assert words in found.difference
 
 
+def test_nested_tensors_and_bare_storages(tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(1, 3)])
+    tree = {"n": nested, "untyped": torch.arange(3).untyped_storage(), "typed": torch.ones(2)._typed_storage()}
+    torch.save(tree, tmp_path / "m.pth")
+    found = compared(tmp_path / "m.pth")
+    assert (found.difference, found.refused, found.tensors, found.values) == (None, None, 1, 2)
+
+
 def test_what_torch_refuses(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 3), tmp_path / "module.pth")
     found = compared(tmp_path / "module.pth")

@@ -23,6 +23,7 @@ from .scan import Finding, Scan, scan
 from .state_dict import LazySequence, LazySlice, LazyStateDict
 from .table import TensorInfo
 from .verify import Verified
+from .writer import Group, Writer, save
 
 __all__ = [
     "ArchiveError",
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Description",
     "Finding",
+    "Group",
     "LazySequence",
     "LazySlice",
     "LazyStateDict",
@@ -43,6 +45,7 @@ __all__ = [
     "UnsafeError",
     "UnsupportedError",
     "Verified",
+    "Writer",
     "ZipSlicerError",
     "__version__",
     "backend",
@@ -50,6 +53,7 @@ __all__ = [
     "load",
     "open",
     "patch_torch_load",
+    "save",
     "scan",
     "torch_load",
 ]

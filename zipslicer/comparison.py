@@ -107,7 +107,8 @@ class _Walk:
 
     def _tensor(self, where: str, eager: Any, lazy: Any) -> None:
         _same(where, "type", type(eager), type(lazy))
-        for fact in ("dtype", "shape", "layout", "requires_grad"):
+        # Nested tensors have no one shape: their sizes are compared as a part.
+        for fact in ("dtype", "layout", "requires_grad", *(() if eager.is_nested else ("shape",))):
             _same(where, fact, getattr(eager, fact), getattr(lazy, fact))
         for left, right in zip(self._parts(eager), self._parts(lazy)):
             _same(where, "strides", left.stride(), right.stride())
@@ -128,7 +129,7 @@ class _Walk:
         elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
             yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
         elif tensor.is_nested:
-            yield tensor.values()
+            yield from (tensor._nested_tensor_size(), tensor.values())
         elif tensor.is_quantized:
             yield tensor.int_repr()
         elif not tensor.is_meta:
@@ -145,10 +146,14 @@ class _Walk:
         return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), place, ((last + 1) * width,), (1,))
 
     def _other(self, where: str, eager: Any, lazy: Any) -> None:
+        if all(isinstance(each, (self._torch.UntypedStorage, self._torch.TypedStorage)) for each in (eager, lazy)):
+            # torch.load makes a TypedStorage of an untyped one, too.
+            one, other = (getattr(each, "_untyped_storage", each) for each in (eager, lazy))
+            _same(where, "bytes", bytes(one), bytes(other))
+            self._found.values += 1
+            return
         _same(where, "type", type(eager), type(lazy))
-        if isinstance(eager, self._torch.UntypedStorage):
-            _same(where, "bytes", bytes(eager), bytes(lazy))
-        elif type(eager).__module__ == "numpy" and hasattr(eager, "tobytes"):
+        if type(eager).__module__ == "numpy" and hasattr(eager, "tobytes"):
             _same(where, "dtype", eager.dtype, lazy.dtype)
             _same(where, "bytes", eager.tobytes(), lazy.tobytes())
         elif not (isinstance(eager, float) and math.isnan(eager) and math.isnan(lazy)):

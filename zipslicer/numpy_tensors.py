@@ -93,7 +93,7 @@ class ArrayReader(RowReader):
         if self._cache is not None:
             return self._finish(self._view(self._cached_storage(row.storage), row, geometry), row)
         start, nbytes = row.storage_offset * row.itemsize, row.extent * row.itemsize
-        flat = self._storage(row.storage, start, nbytes, self._unit(row.dtype))
+        flat = self._storage(row.storage, start, nbytes, self.table.unit(row.dtype))
         return self._finish(self._view(flat, row, geometry._replace(storage_offset=0)), row)
 
     def _view(self, storage: Any, row: Row, geometry: Geometry) -> Any:
@@ -204,7 +204,7 @@ class ArrayReader(RowReader):
         made = self._cache.get(storage)
         if made is None:
             nbytes = self.table.storage_nbytes(storage)
-            made = self._cache.setdefault(storage, self._storage(storage, 0, nbytes, self._whole_unit(storage)))
+            made = self._cache.setdefault(storage, self._storage(storage, 0, nbytes, self.table.whole_unit(storage)))
         return made
 
     def storage_value(self, storage: int, untyped: Any = None) -> Any:
@@ -213,7 +213,7 @@ class ArrayReader(RowReader):
             return untyped
         if self._cache is not None:
             return self._cached_storage(storage)
-        return self._storage(storage, 0, self.table.storage_nbytes(storage), self._own_unit(storage))
+        return self._storage(storage, 0, self.table.storage_nbytes(storage), self.table.own_unit(storage))
 
     # ---------------------------------------------------------------- into memory that is there
     def room(self, leaf: Leaf, out: Any, wanted: Any = ()) -> tuple[Row, Geometry, memoryview] | None:
@@ -270,7 +270,7 @@ class ArrayReader(RowReader):
         return made if own == sizes else _expanded(np, made, sizes)
 
     def _read_slice(self, row: Row, geometry: Geometry, dtype: Any) -> Any:
-        itemsize, unit = row.itemsize, self._unit(row.dtype)
+        itemsize, unit = row.itemsize, self.table.unit(row.dtype)
         count = numel(geometry.sizes)
         if not count:
             return self._array(None, dtype, *geometry)
@@ -324,7 +324,7 @@ class ArrayReader(RowReader):
         if self._cache is not None:
             whole = {storage: self._cached_storage(storage) for storage in wanted}
         else:
-            extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
+            extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self.table.own_unit(s)})) for s in wanted]
             whole = dict(zip(wanted, self._storages(extents, bar)))
         for number, row in rows.items():
             if row.storage in mixed:

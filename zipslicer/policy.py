@@ -412,6 +412,7 @@ class Description:
         state: what BUILD would have given it, or None.
         attributes: the state as attributes, where it is a dict, or a dict and a dict of slots.
         list_items, items: what would have been appended to it and set in it.
+        origin: for zipslicer.save: the program it is of, and the node in it.
     """
 
     module: str
@@ -424,6 +425,7 @@ class Description:
     attributes: dict[Any, Any] = dataclasses.field(default_factory=dict)
     list_items: list[Any] = dataclasses.field(default_factory=list)
     items: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    origin: Any = dataclasses.field(default=None, compare=False)
 
     @property
     def qualified(self) -> str:

@@ -23,6 +23,7 @@ from .backend import (
     Kind,
     NodeField,
     StorageField,
+    Text,
 )
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import (
@@ -53,7 +54,8 @@ Special = Callable[[int, str, Sequence[Any], Any], Any]  # (meaning, name, args,
 class Program:
     """A graph, and the questions asked of it. A position is the place of a value; a node id that of a container."""
 
-    def __init__(self, graph: Graph, allow: Mapping[str, Any]) -> None:
+    def __init__(self, graph: Graph, allow: Mapping[str, Any], protocol: int = 2) -> None:
+        self.protocol = protocol  # of the pickle; before 3 its globals have the names of Python 2
         self.kinds = graph.kinds
         self.payloads = memoryview(graph.payloads).cast("q")
         self.nodes = memoryview(graph.nodes).cast("q")
@@ -240,7 +242,7 @@ class Program:
         if allowed is not MISSING:
             return allowed
         made = special(self._meanings[index], name, (), None)
-        return Placeholder(Description(module, name)) if made is NOT_PLAIN else made
+        return Placeholder(Description(module, name, origin=(self, -1))) if made is NOT_PLAIN else made
 
     def keys(self, node: int, special: Special) -> list[Any]:
         """The keys of a mapping node, in file order."""
@@ -415,7 +417,7 @@ class Builder:
             self.objects[node] = set()
         elif kind in (Kind.CALL, Kind.OBJECT) and not self.is_known(node):
             is_new = kind == Kind.OBJECT
-            self.objects[node] = Placeholder(Description(*self.program.called_name(node), called=True, is_new=is_new))
+            self.objects[node] = self.placeholder(node, is_new=is_new)
 
     def is_known(self, node: int) -> bool:
         return self.program.meaning(node) != Meaning.STRANGER or self.program.allowed(node) is not MISSING
@@ -463,11 +465,15 @@ class Builder:
                 state = self.value(start + STATE)
             made = self.special(meaning, name, args, state)
         if made is NOT_PLAIN:
-            return Placeholder(Description(*program.called_name(node), called=True))
+            return self.placeholder(node)
         self.count_copies(args)
         if meaning >= Meaning.NUMPY_ARRAY and type(state) is tuple:
             self.count_copies(state)
         return made
+
+    def placeholder(self, node: int, *, is_new: bool = False) -> Placeholder:
+        name = self.program.called_name(node)
+        return Placeholder(Description(*name, called=True, is_new=is_new, origin=(self.program, node)))
 
     def count_copies(self, taken: Sequence[Any]) -> None:
         """A few bytes can call set() on one list of millions, over and over. Raises: ProgramError."""
@@ -611,4 +617,9 @@ def run_program(
         columns = archive.backend.scan_pickle(text, known, machine_limits(limits, unknown == "error"))
     except ZipSlicerError as error:
         raise error.located(path=archive.source.path, record=archive.name(found)) from None
-    return Program(Graph(*columns), allow)
+    return Program(Graph(*columns), allow, protocol_of(text))
+
+
+def protocol_of(text: Text) -> int:
+    """Of a pickle, by its first opcode; protocols 0 and 1 have none that says it."""
+    return text[1] if len(text) > 1 and text[0] == 0x80 else 0

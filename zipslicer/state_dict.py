@@ -263,11 +263,13 @@ class View:
         return _info_of(value) if hasattr(value, "untyped_storage") else None
 
     def changed(self) -> dict[int, Any]:
-        """Held values of Python's own types that whoever touched them has changed since, by node."""
+        """Held values of Python's own types that whoever touched them has changed since, and placeholders that hold such,
+        by node.
+        """
         below = self.program.with_tensors()
         found: dict[int, Any] = {}
         for node, value in list(self.held.items()):
-            is_plain = isinstance(value, PLAIN) or type(value).__module__ == "numpy"
+            is_plain = isinstance(value, PLAIN) or type(value).__module__ == "numpy" or _parts_of(value)
             if is_plain and not below[node]:
                 fresh = self.program.build_node(node, _no_tensor, self.special)
                 if not _is_same(value, fresh):
@@ -1286,8 +1288,14 @@ def _is_node(program: Program, position: int) -> bool:
     return program.kinds[position] >= FIRST_NODE_KIND
 
 
+def _parts_of(value: Any) -> tuple[Any, ...]:
+    """What a placeholder without tensors holds; nothing for another value."""
+    about = value._zipslicer if type(value) is Placeholder else None
+    return (about.args, about.kwargs, about.state, about.list_items, about.items) if type(about) is Description else ()
+
+
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values that the same part of a file has made are still alike. Placeholders cannot change."""
+    """Whether two values that the same part of a file has made are still alike."""
     todo = [(one, other)]
     seen: set[int] = set()
     while todo:
@@ -1309,7 +1317,9 @@ def _is_same(one: Any, other: Any) -> bool:
         elif isinstance(a, (set, frozenset)):
             if len(a) != len(b) or {k for k in a if not isinstance(k, Placeholder)} - b:
                 return False
-        elif type(a) is not Placeholder and a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+        elif type(a) is Placeholder:
+            todo += zip(_parts_of(a), _parts_of(b))
+        elif a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
             return False
     return True
 

@@ -223,6 +223,26 @@ class TensorTable:
     def storage_dtype(self, storage: int) -> int:
         return self.program.storages[storage * STORAGE_FIELDS + StorageField.DTYPE]
 
+    def unit(self, dtype: int) -> int:
+        """How many bytes are turned round together, so that elements of a dtype are as this host has them."""
+        return self.dtype(dtype).unit if self.swapped else 1
+
+    def own_unit(self, storage: int) -> int:
+        """The same for a storage without tensors: that of its class. Untyped bytes stay as they are."""
+        dtype = self.storage_dtype(storage)
+        return self.unit(dtype) if dtype < len(DTYPES) else 1
+
+    def units(self, storage: int) -> set[int]:
+        """Those of the tensors on a storage. If they are several, it has no whole form that is right for all."""
+        if not self.swapped:
+            return {1}
+        rows = map(self.row, range(self.program.tensor_count))
+        return {self.unit(row.dtype) for row in rows if row.storage == storage}
+
+    def whole_unit(self, storage: int) -> int:
+        """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
+        return max(self.units(storage), default=self.own_unit(storage))
+
     def record_number(self, storage: int) -> int:
         """The record of a storage, -1 if there is none. The first is looked up alone, with the second all are."""
         if self._records is None:

@@ -271,9 +271,6 @@ class RowReader(abc.ABC):
     def _no_leaf(self, _kind: int, _payload: int) -> Any:
         raise TableError("a tensor stands where a number is meant")
 
-    def _unit(self, dtype: int) -> int:
-        return self.table.dtype(dtype).unit if self.table.swapped else 1
-
     def _is_as_it_is(self, row: Row) -> bool:
         """Whether bytes of a row become a tensor without a further step, but for requires_grad."""
         return self._is_plain and not (self.table.swapped or row.conj or row.neg)
@@ -397,19 +394,6 @@ class RowReader(abc.ABC):
             self.threads,
         )
 
-    def _whole_unit(self, storage: int) -> int:
-        """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
-        if not self.table.swapped:
-            return 1
-        rows = (self.table.row(number) for number in range(self.table.program.tensor_count))
-        units = (self._unit(row.dtype) for row in rows if row.storage == storage)
-        return max(units, default=self._own_unit(storage))
-
-    def _own_unit(self, storage: int) -> int:
-        """The same for a storage without tensors: that of its class. Untyped bytes stay as they are."""
-        dtype = self.table.storage_dtype(storage)
-        return self._unit(dtype) if dtype < len(DTYPES) else 1
-
     def _units(self, rows: Iterable[Row]) -> tuple[dict[int, set[int]], set[int]]:
         """For each storage the units of the rows on it; and which have several.
 
@@ -418,7 +402,7 @@ class RowReader(abc.ABC):
         """
         units: dict[int, set[int]] = collections.defaultdict(set)
         for row in rows:
-            units[row.storage].add(self._unit(row.dtype))
+            units[row.storage].add(self.table.unit(row.dtype))
         return units, {storage for storage, found in units.items() if len(found) > 1}
 
     def builder(
@@ -520,7 +504,7 @@ class TensorReader(RowReader):
                 wanted = self._wanted(row)
                 made = self._staged(row.storage, start, nbytes, row.dtype, wanted)
                 if made is None:
-                    storage = self._storage(row.storage, start, nbytes, self._unit(row.dtype))
+                    storage = self._storage(row.storage, start, nbytes, self.table.unit(row.dtype))
                     storage = self.place.storage(storage, self.table.program.locations[row.storage])
                     made = self._view(storage, row, geometry._replace(storage_offset=0))
                 else:
@@ -544,7 +528,7 @@ class TensorReader(RowReader):
         if place.is_call or not nbytes or (lane is None and (device is not None or wanted == given)):
             return None
         count = nbytes // given.itemsize
-        read = self._part_reader(storage, start, nbytes, self._unit(dtype))
+        read = self._part_reader(storage, start, nbytes, self.table.unit(dtype))
         if lane is not None:
             made = torch.empty(count, dtype=wanted, device=device)
             send(lane, ring_of(), read, count * given.itemsize, given, made)
@@ -630,7 +614,7 @@ class TensorReader(RowReader):
         if self._cache is not None:
             return self._view(self._cached_storage(row.storage), row, geometry)
         start, nbytes = row.storage_offset * row.itemsize, row.extent * row.itemsize
-        untyped = self._storage(row.storage, start, nbytes, self._unit(row.dtype))
+        untyped = self._storage(row.storage, start, nbytes, self.table.unit(row.dtype))
         untyped = self.place.storage(untyped, table.program.locations[row.storage])
         return self._view(untyped, row, geometry._replace(storage_offset=0))
 
@@ -656,7 +640,7 @@ class TensorReader(RowReader):
         assert self._cache is not None
         made = self._cache.get(storage)
         if made is None:
-            unit = self._whole_unit(storage)
+            unit = self.table.whole_unit(storage)
             made = self._storage(storage, 0, self.table.storage_nbytes(storage), unit)
             made = self._cache.setdefault(storage, self.place.storage(made, self.table.program.locations[storage]))
         return made
@@ -668,7 +652,7 @@ class TensorReader(RowReader):
             if self._cache is not None:
                 untyped = self._cached_storage(storage)
             else:
-                untyped = self._storage(storage, 0, self.table.storage_nbytes(storage), self._own_unit(storage))
+                untyped = self._storage(storage, 0, self.table.storage_nbytes(storage), self.table.own_unit(storage))
                 untyped = self.place.storage(untyped, self.table.program.locations[storage])
         dtype = self.table.storage_dtype(storage)
         if dtype >= len(DTYPES):
@@ -724,7 +708,9 @@ class TensorReader(RowReader):
         lane = lane_of(self.torch, out.device)
         if lane is None and (out.device.type != "cpu" or out.dtype == given or nbytes <= CHUNK_NBYTES):
             return False
-        read = self._part_reader(row.storage, geometry.storage_offset * row.itemsize, nbytes, self._unit(row.dtype))
+        read = self._part_reader(
+            row.storage, geometry.storage_offset * row.itemsize, nbytes, self.table.unit(row.dtype)
+        )
         with self.torch.no_grad():
             flat = out.detach().as_strided((out.numel(),), (1,))
             if lane is None:
@@ -799,7 +785,7 @@ class TensorReader(RowReader):
 
     def _read_slice(self, row: Row, geometry: Geometry) -> Any:
         """The elements as integers of the same size, which every kernel of torch can copy and turn around."""
-        torch, itemsize, unit = self.torch, row.itemsize, self._unit(row.dtype)
+        torch, itemsize, unit = self.torch, row.itemsize, self.table.unit(row.dtype)
         carrier = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
         count = numel(geometry.sizes)
         if not count:
@@ -901,7 +887,7 @@ class TensorReader(RowReader):
             elif nbytes and wanted != self._dtype(dtype):
                 together.append((storage, dtype, wanted))
         nbytes_of, locations = self.table.storage_nbytes, self.table.program.locations
-        read = self._storages([(s, 0, nbytes_of(s), self._unit(dtype)) for s, dtype, _ in together], bar)
+        read = self._storages([(s, 0, nbytes_of(s), self.table.unit(dtype)) for s, dtype, _ in together], bar)
         for (storage, dtype, wanted), untyped in zip(together, read):
             given = self._dtype(dtype)
             placed = self.place.storage(untyped, locations[storage])
@@ -956,7 +942,7 @@ class TensorReader(RowReader):
         if self._cache is not None:
             return {storage: self._cached_storage(storage) for storage in wanted}
         table = self.table
-        extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self._own_unit(s)})) for s in wanted]
+        extents = [(s, 0, table.storage_nbytes(s), max(units.get(s) or {self.table.own_unit(s)})) for s in wanted]
         read = self._storages(extents, bar)
         locations = table.program.locations
         return {s: self.place.storage(made, locations[s]) for s, made in zip(wanted, read)}

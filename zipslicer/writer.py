@@ -1,0 +1,504 @@
+"""Writer: values in, a file out that torch.load reads; the mirror of archive.py and program.py.
+
+Tensors are written as they come, and the pickle that says what they are comes last, so that never more than a chunk of
+them is held. What is in an open file goes from there to here without becoming a tensor: the kernel copies its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import sys
+import weakref
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .archive import Archive
+from .archive_writer import ArchiveWriter
+from .backend import Entry
+from .checkpoint import Checkpoint
+from .errors import UnsupportedError, ZipSlicerError
+from .joined import JoinedView
+from .pickling import At, Kept, Pickler
+from .plan import numel
+from .policy import DTYPES, dtype_named
+from .replacement import Output, Replacement
+from .state_dict import LazySequence, LazyStateDict, View
+from .stream import bar_of
+from .tensors import _below, default_threads
+
+__all__ = ["Group", "Writer", "save"]
+
+CHUNK_NBYTES = 16 << 20  # of a storage that are held at a time; a multiple of every itemsize
+UNIT = 16  # bytes; of the largest element: parts of a storage are cut at multiples of it
+SWAPPED = {2: "H", 4: "I", 8: "Q"}  # type codes of array.array for units of byte order
+VERSION = b"3\n"  # of the archive, as torch.save counts
+
+
+def save(obj: Any, path: Any, *, framework: str = "pt", progress: bool = False) -> None:
+    """Write a file that torch.load reads; the one at `path` is replaced when the new one is whole and on the disk.
+
+    What comes from zipslicer.load or open is written without being read: a LazyStateDict, selected, renamed, edited, or as
+    it is; what is nested in it; a Checkpoint, as its root. Placeholders are written as their file has them, so that a
+    checkpoint can be edited without the classes it names. Tensors share memory in the new file where they do in the old
+    one, or in this process. Of a storage that a selection needs a part of, that part is written.
+
+    Anything else is written as torch.save does it, objects of your own classes too.
+
+    Args:
+        obj: what to write.
+        path: where to; or a binary file object, which is written to from its position on.
+        framework: "np" writes arrays of NumPy as tensors, as framework="np" reads them; else they stay arrays.
+        progress: show a bar of bytes (needs tqdm).
+
+    Raises:
+        OSError: from the system. The old file is then still there, as after every other error.
+        ValueError: two tensors see one memory as different dtypes, which this format cannot say.
+        TypeError, AttributeError: something cannot be pickled.
+        UnsupportedError; and what reading raises, where `obj` is of an open file.
+    """
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(_output(path))
+        bar = stack.enter_context(bar_of(progress, _nbytes_of(obj) if progress else 0))
+        archive = stack.enter_context(contextlib.closing(ArchiveWriter(output, _root_of(path))))
+        records = _Records(archive, _is_numpy(framework, obj), bar)
+        pickler = Pickler(records)
+        records.write(pickler, obj)
+        _finish(archive, pickler)
+        output.commit()
+
+
+class Group:
+    """A mapping of a file that is being written: what is assigned to it is written at once, and not held.
+
+    Tensors that share memory when they are assigned share it in the file, if their bytes are still those that were written.
+    """
+
+    def __init__(self, records: _Records, pickler: Pickler, metadata: Any) -> None:
+        self._records = records
+        self._pickler = pickler
+        self._keys: set[Any] = set()
+        self._groups: list[Group] = []
+        self._is_open = True
+        pickler.open_dict(metadata)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Write a value. Raises: KeyError for a key that is there already; and as `save` does."""
+        with self._adding(key):
+            self._records.write(self._pickler, value)
+
+    def write_chunks(self, key: Any, chunks: Iterable[Any], *, dtype: Any, shape: Sequence[int]) -> None:
+        """Write a tensor that never exists whole.
+
+        Args:
+            key: its name.
+            chunks: its elements in row-major order, as tensors of torch, arrays, or buffers of bytes. Each is written before
+                the next is asked for, so that one buffer will do.
+            dtype: a torch.dtype, a dtype of NumPy, or the name of one of torch's: "bfloat16".
+            shape: of the whole.
+
+        Raises: ValueError where they are not of this dtype, or more or fewer than the shape says; and as `save` does.
+        """
+        index, sizes = _dtype_of(dtype), tuple(int(n) for n in shape)
+        if any(n < 0 for n in sizes):
+            raise ValueError(f"no tensor has the shape {sizes}")
+        with self._adding(key):
+            nbytes = numel(sizes) * DTYPES[index].itemsize
+            kept = self._records.chunked(nbytes, (view for chunk in chunks for view in _views_of(chunk, index)))
+            self._pickler.row(index, kept, sizes)
+
+    def group(self, key: Any, *, metadata: Any = None) -> Group:
+        """A mapping in this one, open for as long as this is. `metadata` is that of a state dict, its `_metadata`."""
+        with self._adding(key):
+            made = Group(self._records, self._pickler.child(), metadata)
+            self._groups.append(made)
+            return made
+
+    @contextlib.contextmanager
+    def _adding(self, key: Any) -> Iterator[None]:
+        if not self._is_open:
+            raise ValueError("the file is finished, or given up after an error")
+        if key in self._keys:
+            raise KeyError(f"{key!r} is written already")
+        self._keys.add(key)
+        try:
+            self._pickler.write(key)
+            yield
+        except BaseException:
+            self._records.is_broken = True  # half an item may be in the pickle, half a record in the archive
+            raise
+        if self._records.is_broken:
+            raise ValueError("the file was given up after an error")
+
+    def _close(self) -> None:
+        self._is_open = False
+        for group in self._groups:
+            group._close()
+        self._pickler.close_dict()
+
+
+class Writer(Group):
+    """Writes a checkpoint, key by key. ``with zipslicer.Writer(path) as w: w["name"] = tensor``.
+
+    The file is a dict, or with `metadata` an OrderedDict with that as its `_metadata`, as state_dict() gives it. It appears
+    at `path` when the block is left, whole and on the disk; if that is by an exception, nothing happens to `path`.
+
+    Args:
+        path, framework: as for `save`.
+        metadata: see above.
+
+    Raises: as `save` does.
+    """
+
+    def __init__(self, path: Any, *, framework: str = "pt", metadata: Any = None) -> None:
+        self._resources = contextlib.ExitStack()
+        self._output = self._resources.enter_context(_output(path))
+        try:
+            self._archive = self._resources.enter_context(
+                contextlib.closing(ArchiveWriter(self._output, _root_of(path)))
+            )
+            records = _Records(self._archive, _is_numpy(framework), None)
+            super().__init__(records, Pickler(records), metadata)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def close(self) -> None:
+        """Finish the file, and let it take its place. Raises: OSError; ValueError after an error in it."""
+        if not self._is_open:
+            return
+        with self._resources:
+            self._close()
+            if self._records.is_broken:
+                raise ValueError("the file was given up after an error")
+            _finish(self._archive, self._pickler)
+            self._output.commit()
+
+    def discard(self) -> None:
+        """Give the file up: what is at its path stays."""
+        self._is_open = False
+        self._resources.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class _Live(NamedTuple):
+    """A storage of this process that was written."""
+
+    storage: weakref.ref[Any]
+    key: str
+    location: str
+    nbytes: int
+    checksum: int
+    turn: int  # of `write` in which it was
+
+
+class _Records:
+    """The storages of one file: pickling.Storages."""
+
+    def __init__(self, archive: ArchiveWriter, arrays: bool, bar: Any) -> None:
+        self.is_broken = False
+        self._archive = archive
+        self._arrays = arrays
+        self._bar = bar
+        self._numbers = itertools.count()
+        self._turn = 0
+        self._live: dict[int, _Live] = {}
+        self._filed: dict[tuple[int, int], Kept] = {}
+        self._tables: list[Any] = []  # whose ids are in _filed
+        self._needed: dict[tuple[int, int], tuple[int, int]] = {}  # of a table's storage: the bytes [first, last)
+        self._buffer: memoryview | None = None
+
+    def write(self, pickler: Pickler, value: Any) -> None:
+        """A value with all its storages."""
+        self._turn += 1
+        self._needed = _needed(value)
+        pickler.write(_root(value) if isinstance(value, Checkpoint) else value)
+
+    # ---------------------------------------------------------------- of this process
+    def live(self, storage: Any) -> tuple[str, str]:
+        """A torch.UntypedStorage. Raises: UnsupportedError for one without bytes."""
+        found, nbytes = self._live.get(storage._cdata), storage.nbytes()
+        is_known = found is not None and found.storage() is not None and found.nbytes == nbytes
+        # Within one turn it cannot have changed; since then it may have been filled with the next tensor.
+        if found and is_known and (found.turn == self._turn or self._checksum(storage) == found.checksum):
+            return found.key, found.location
+        key, location = str(next(self._numbers)), _location_of(storage)
+        checksum = self._stream(key, nbytes, _memory_of(storage))
+        self._live[storage._cdata] = _Live(weakref.ref(storage), key, location, nbytes, checksum, self._turn)
+        return key, location
+
+    def _checksum(self, storage: Any) -> int:
+        checksum = 0
+        for part in _memory_of(storage):
+            checksum = zlib.crc32(part, checksum)
+        return checksum
+
+    def array(self, value: Any) -> Kept | None:
+        """A NumPy array; one of this machine's byte order, and of a dtype that torch has."""
+        if not self._arrays or str(value.dtype) not in _NAMES or not value.dtype.isnative:
+            return None
+        return self.chunked(value.nbytes, _views_of(value, dtype_named(str(value.dtype))))
+
+    def chunked(self, nbytes: int, parts: Iterable[Any]) -> Kept:
+        """A storage out of buffers."""
+        key = str(next(self._numbers))
+        self._stream(key, nbytes, parts)
+        return Kept(key, 0, nbytes)
+
+    def _stream(self, key: str, nbytes: int, parts: Iterable[Any]) -> int:
+        return self._archive.stream(f"data/{key}", nbytes, self._watched(parts))
+
+    def _watched(self, parts: Iterable[Any]) -> Iterator[Any]:
+        for part in parts:
+            yield part
+            if self._bar is not None:
+                self._bar.update(len(part))
+
+    # ---------------------------------------------------------------- of open files
+    def filed(self, view: View, storage: int, start: int, nbytes: int) -> Kept:
+        place = id(view.table), storage
+        kept = self._filed.get(place)
+        if kept is not None and (not nbytes or (kept.start <= start and start + nbytes <= kept.start + kept.nbytes)):
+            return kept
+        whole = view.table.storage_nbytes(storage)
+        first, last = (0, whole) if kept is not None else self._needed.get(place, (0, whole))
+        if nbytes and (
+            start < first or start + nbytes > last
+        ):  # needed by what is nested where nobody has looked before
+            first, last = 0, whole
+        first -= first % UNIT
+        last = min(whole, last + -last % UNIT)
+        self._tables.append(view.table)
+        made = self._filed[place] = Kept(str(next(self._numbers)), first, last - first)
+        try:
+            self._copy(view, storage, made)
+        except ZipSlicerError as error:
+            raise error.located(path=view.path) from None
+        return made
+
+    def _copy(self, view: View, storage: int, made: Kept) -> None:
+        """The bytes of a storage into its record."""
+        table, name = view.table, f"data/{made.key}"
+        archive, record = table.archive, table.record(storage)
+        is_as_it_is = not table.swapped and archive.is_stored(record)
+        checksum = archive.field(record, Entry.CRC) if archive.has_checksums else 0
+        if not (is_as_it_is and checksum and made.nbytes == archive.field(record, Entry.NBYTES)):
+            self._stream(made.key, made.nbytes, self._read(view, storage, record, made))
+            return
+        offset, nbytes = archive.extent(record)
+
+        def rest(start: int, count: int) -> Iterator[memoryview]:
+            return self._read(view, storage, record, Kept(made.key, start, count))
+
+        self._archive.copy(name, archive.source, offset, nbytes, checksum, rest)
+        archive.part(record, 0, 0)  # which raises ChangedError if the file was written to meanwhile
+        if self._bar is not None:
+            self._bar.update(nbytes)
+
+    def _read(self, view: View, storage: int, record: int, part: Kept) -> Iterator[memoryview]:
+        """Bytes of a storage by chunks, in this host's byte order. Each is used again for the next one."""
+        table = view.table
+        archive = table.archive
+        unit = table.whole_unit(storage)
+        if len(table.units(storage)) > 1:
+            raise UnsupportedError("a storage of foreign byte order has tensors of several element sizes")
+        inflated = None if archive.is_stored(record) else memoryview(archive.read(record))
+        if self._buffer is None:
+            self._buffer = memoryview(archive.backend.allocate(CHUNK_NBYTES)).cast("B")
+        for start in range(part.start, part.start + part.nbytes, CHUNK_NBYTES):
+            count = min(CHUNK_NBYTES, part.start + part.nbytes - start)
+            if inflated is None:
+                archive.read_into(
+                    (record, start, count, 0, 0), [self._buffer], view.options.threads or default_threads()
+                )
+                chunk = self._buffer[:count]
+            else:
+                chunk = inflated[start : start + count]
+            yield _swapped(chunk, unit) if unit > 1 else chunk
+
+
+def _finish(archive: ArchiveWriter, pickler: Pickler) -> None:
+    """The records that are not storages."""
+    archive.add("byteorder", sys.byteorder.encode())
+    archive.add("version", VERSION)
+    archive.add("data.pkl", pickler.finish())
+    archive.finish()
+
+
+def _root(checkpoint: Checkpoint) -> Any:
+    """The root of a file. Raises: UnsupportedError for a file that is more than what its root holds."""
+    view = checkpoint._view
+    if isinstance(view, JoinedView) or type(view) is View:
+        for archive in checkpoint._view.archives():
+            if type(archive) is Archive and max(archive.find(["constants.pkl", ".data/extern_modules"])) >= 0:
+                raise UnsupportedError(
+                    "TorchScript and packages are code with their tensors: save its .tensors", path=checkpoint.path
+                )
+    return At(view, 0) if type(view) is View else checkpoint.root
+
+
+@contextlib.contextmanager
+def _output(path: Any) -> Iterator[Output]:
+    """Where a file goes; given up where it is left without commit()."""
+    made = Output(path) if hasattr(path, "write") else Replacement(path)
+    try:
+        yield made
+    finally:
+        made.discard()
+
+
+def _root_of(path: Any) -> str:
+    """The folder of the records, as torch.save calls it: by the name of the file, if that is ASCII."""
+    if hasattr(path, "write"):
+        return "archive"
+    name = os.path.basename(os.fspath(path).replace("\\", "/")).rpartition(".")
+    root = name[0] if name[1] else name[2]
+    return root if root and root.isascii() and root.isprintable() else "archive"
+
+
+def _is_numpy(framework: str, obj: Any = None) -> bool:
+    if framework not in ("pt", "np"):
+        raise ValueError(f'framework must be "pt" or "np", not {framework!r}')
+    return framework == "np" or (isinstance(obj, (LazyStateDict, LazySequence)) and obj._view.framework == "np")
+
+
+_NAMES = {dtype.name for dtype in DTYPES}
+
+
+def _dtype_of(dtype: Any) -> int:
+    """An index into DTYPES. Raises: ValueError."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
+    name = name.removeprefix("torch.")
+    if name not in _NAMES:
+        raise ValueError(f"torch has no storages of dtype {dtype!r}")
+    return dtype_named(name)
+
+
+def _views_of(chunk: Any, dtype: int) -> Iterator[memoryview]:
+    """The bytes of a tensor, an array or a buffer, in row-major order. Raises: ValueError for another dtype."""
+    if hasattr(chunk, "untyped_storage"):
+        _check_dtype(str(chunk.dtype).removeprefix("torch."), dtype)
+        flat = chunk.detach().resolve_conj().resolve_neg().contiguous()
+        if flat.device.type != "cpu":
+            flat = flat.cpu()
+        nbytes = flat.numel() * flat.element_size()
+        yield _memory(flat.data_ptr(), nbytes)
+        return
+    if type(chunk).__module__ == "numpy" or hasattr(chunk, "__array_interface__"):
+        import numpy as np
+
+        made = np.ascontiguousarray(chunk)
+        _check_dtype(str(made.dtype), dtype)
+        yield memoryview(made.reshape(-1).view(np.uint8).data) if made.size else memoryview(b"")
+        return
+    yield memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
+
+
+def _check_dtype(name: str, wanted: int) -> None:
+    if name != DTYPES[wanted].name:
+        raise ValueError(f"a chunk is of dtype {name}, the tensor of {DTYPES[wanted].name}")
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    """REQUIRES: what is there outlives the view."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B") if nbytes else memoryview(b"")
+
+
+def _memory_of(storage: Any) -> Iterator[memoryview]:
+    """The bytes of a torch.UntypedStorage, by chunks where they are on another device."""
+    nbytes = storage.nbytes()
+    if not nbytes:
+        return
+    if storage.device.type == "cpu":
+        yield _memory(storage.data_ptr(), nbytes)
+        return
+    if storage.device.type == "meta":
+        raise UnsupportedError("a storage on the meta device has no bytes to save")
+    torch = sys.modules["torch"]
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    for start in range(0, nbytes, CHUNK_NBYTES):
+        part = flat[start : start + CHUNK_NBYTES].cpu()
+        yield _memory(part.data_ptr(), part.numel())
+
+
+def _location_of(storage: Any) -> str:
+    """What torch.save calls the device: "cuda:0"."""
+    return str(sys.modules["torch"].serialization.location_tag(storage))
+
+
+def _swapped(chunk: memoryview, unit: int) -> memoryview:
+    """The same elements in the other byte order; what is left of a storage after its last one stays."""
+    whole = len(chunk) - len(chunk) % unit
+    units = array(SWAPPED[unit])
+    units.frombytes(chunk[:whole])
+    units.byteswap()
+    return memoryview(units.tobytes() + bytes(chunk[whole:]))
+
+
+def _needed(value: Any) -> dict[tuple[int, int], tuple[int, int]]:
+    """Of the storages of open files, as far as a value needs only a part: the bytes [first, last), by table and storage."""
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    whole: set[tuple[int, int]] = set()
+    todo, seen = [value], set()
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, LazyStateDict):
+            is_selected = each._position is None or each._is_edited
+            places = [each._view.at(p) for p in each._filed()] if is_selected else [each._view.at(each._position or 0)]
+            _note(places, found, None if is_selected else whole)
+            todo += each._overlay.values()
+        elif isinstance(each, LazySequence):
+            _note([each._view.at(p) for p in each._places], found, whole)
+        elif type(each) in (dict, list, tuple):
+            todo += each.values() if isinstance(each, dict) else each
+    return {place: extent for place, extent in found.items() if place not in whole}
+
+
+def _note(
+    places: Sequence[tuple[View, int]],
+    found: dict[tuple[int, int], tuple[int, int]],
+    whole: set[tuple[int, int]] | None,
+) -> None:
+    """What stands at some positions, and below: into `found`, or into `whole` where there is one."""
+    by_view: dict[int, tuple[View, list[int]]] = {}
+    for view, position in places:
+        by_view.setdefault(id(view), (view, []))[1].append(position)
+    for view, positions in by_view.values():
+        table, empty = view.table, set[tuple[int, int]]()
+        numbers, storages = _below(table, positions, {})
+        if whole is not None:
+            whole.update((id(table), storage) for storage in (*storages, *(table.row(n).storage for n in numbers)))
+            continue
+        for storage in storages:
+            found[id(table), storage] = 0, table.storage_nbytes(storage)
+        for number in numbers:
+            row = table.row(number)
+            place, start = (id(table), row.storage), row.storage_offset * row.itemsize
+            end = start + row.extent * row.itemsize
+            first, last = found.get(place, (start, end))
+            if row.extent:
+                found[place] = min(first, start), max(last, end)
+            else:
+                empty.add(place)
+        for place in empty - found.keys():
+            found[place] = 0, 0
+
+
+def _nbytes_of(value: Any) -> int:
+    """For a bar: what is known beforehand."""
+    return sum(last - first for first, last in _needed(value).values())
