@@ -7,6 +7,7 @@ sd.get_slice("lm_head.weight")[:100]    # these rows, and nothing else
 
 from ._version import __version__
 from .checkpoint import Checkpoint, backend, load, open
+from .convert import Converted, convert
 from .dropin import patch_torch_load, torch_load
 from .errors import (
     ArchiveError,
@@ -30,6 +31,7 @@ __all__ = [
     "ChangedError",
     "Checkpoint",
     "CheckpointError",
+    "Converted",
     "Description",
     "Finding",
     "Group",
@@ -49,6 +51,7 @@ __all__ = [
     "ZipSlicerError",
     "__version__",
     "backend",
+    "convert",
     "describe",
     "load",
     "open",

@@ -26,6 +26,7 @@ from .errors import UnsupportedError
 from .policy import DTYPES, Description, Placeholder, describe
 from .program import ARGS, CALLABLE, KWARGS, STATE, Program
 from .state_dict import FileDescription, LazySequence, LazySlice, LazyStateDict, Touched, View
+from .table import Row
 
 __all__ = ["At", "Kept", "Pickler", "Storages"]
 
@@ -51,11 +52,15 @@ class At(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is written of a storage of an open file: bytes [start, start + nbytes) of it, in the record `key`."""
+    """What is written of a storage: in the record `key`, which has `nbytes`, its bytes from `start` on.
+
+    `dtype`: what its elements have been cast to, an index into DTYPES; None where they are as they were.
+    """
 
     key: str
     start: int
     nbytes: int
+    dtype: int | None = None
 
 
 class Storages(Protocol):
@@ -65,8 +70,8 @@ class Storages(Protocol):
         """A torch.UntypedStorage -> (key, location)."""
         ...
 
-    def filed(self, view: View, storage: int, start: int, nbytes: int) -> Kept:
-        """A storage of an open file, of which bytes [start, start + nbytes) are needed here."""
+    def filed(self, view: View, storage: int, start: int, nbytes: int, row: Row | None) -> Kept:
+        """A storage of an open file, of which bytes [start, start + nbytes) are needed here, for a tensor or for itself."""
         ...
 
     def array(self, array: Any) -> Kept | None:
@@ -662,10 +667,14 @@ class Pickler:
         table = view.table
         row = table.row(number)
         geometry = table.geometry(row)
-        kept = self._storages.filed(view, row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize)
-        # As the file has it: rows of different dtypes are on one storage only where that is untyped.
-        dtype = DTYPES_BY_NAME[table.dtype(row.dtype).name]
-        typed = dtype == table.storage_dtype(row.storage) and kept.nbytes % row.itemsize == 0
+        start, nbytes = row.storage_offset * row.itemsize, row.extent * row.itemsize
+        kept = self._storages.filed(view, row.storage, start, nbytes, row)
+        if kept.dtype is None:
+            # As the file has it: rows of different dtypes are on one storage only where that is untyped.
+            dtype = DTYPES_BY_NAME[table.dtype(row.dtype).name]
+            typed = dtype == table.storage_dtype(row.storage) and kept.nbytes % row.itemsize == 0
+        else:
+            dtype, typed = kept.dtype, True
         typed = typed and DTYPES[dtype].storage is not None
         offset = geometry.storage_offset - kept.start // row.itemsize if row.extent else 0
         location = table.program.locations[row.storage]
@@ -673,7 +682,7 @@ class Pickler:
 
     def _filed_storage(self, view: View, storage: int) -> None:
         table = view.table
-        kept = self._storages.filed(view, storage, 0, table.storage_nbytes(storage))
+        kept = self._storages.filed(view, storage, 0, table.storage_nbytes(storage), None)
         dtype = table.storage_dtype(storage)
         typed = dtype < len(DTYPES) and kept.nbytes % DTYPES[dtype].itemsize == 0
         self._persistent(dtype if typed else None, kept.key, table.program.locations[storage], kept.nbytes)

@@ -239,6 +239,11 @@ class TensorTable:
         rows = map(self.row, range(self.program.tensor_count))
         return {self.unit(row.dtype) for row in rows if row.storage == storage}
 
+    def dtypes(self, storage: int) -> set[int]:
+        """Those of the tensors on a storage."""
+        rows = map(self.row, range(self.program.tensor_count))
+        return {row.dtype for row in rows if row.storage == storage}
+
     def whole_unit(self, storage: int) -> int:
         """The unit by which a whole storage is byte-swapped: that of the tensors on it."""
         return max(self.units(storage), default=self.own_unit(storage))

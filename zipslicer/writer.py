@@ -19,27 +19,29 @@ from typing import Any, NamedTuple
 
 from .archive import Archive
 from .archive_writer import ArchiveWriter
-from .backend import Entry
+from .arrays import array_dtype
+from .backend import COMPLEX, DIFFERENTIABLE, Entry
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError, ZipSlicerError
-from .joined import JoinedView
 from .pickling import At, Kept, Pickler
 from .plan import numel
 from .policy import DTYPES, dtype_named
 from .replacement import Output, Replacement
 from .state_dict import LazySequence, LazyStateDict, View
 from .stream import bar_of
+from .table import Row, TensorTable
 from .tensors import _below, default_threads
 
-__all__ = ["Group", "Writer", "save"]
+__all__ = ["Group", "Writer", "cast_chunks", "dtype_of", "floating_index", "is_code", "output_of", "save", "views_of"]
 
 CHUNK_NBYTES = 16 << 20  # of a storage that are held at a time; a multiple of every itemsize
 UNIT = 16  # bytes; of the largest element: parts of a storage are cut at multiples of it
+PACKED = ("float4_e2m1fn_x2",)  # two elements in what torch counts as one: it has no casts of them
 SWAPPED = {2: "H", 4: "I", 8: "Q"}  # type codes of array.array for units of byte order
 VERSION = b"3\n"  # of the archive, as torch.save counts
 
 
-def save(obj: Any, path: Any, *, framework: str = "pt", progress: bool = False) -> None:
+def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progress: bool = False) -> None:
     """Write a file that torch.load reads; the one at `path` is replaced when the new one is whole and on the disk.
 
     What comes from zipslicer.load or open is written without being read: a LazyStateDict, selected, renamed, edited, or as
@@ -52,6 +54,8 @@ def save(obj: Any, path: Any, *, framework: str = "pt", progress: bool = False) 
     Args:
         obj: what to write.
         path: where to; or a binary file object, which is written to from its position on.
+        dtype: a floating-point dtype, of torch or NumPy or by name: floating-point tensors of open files are cast to it, chunk
+            by chunk. Others, and those of this process, stay as they are.
         framework: "np" writes arrays of NumPy as tensors, as framework="np" reads them; else they stay arrays.
         progress: show a bar of bytes (needs tqdm).
 
@@ -61,11 +65,12 @@ def save(obj: Any, path: Any, *, framework: str = "pt", progress: bool = False) 
         TypeError, AttributeError: something cannot be pickled.
         UnsupportedError; and what reading raises, where `obj` is of an open file.
     """
+    cast_to = None if dtype is None else floating_index(dtype)
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(_output(path))
+        output = stack.enter_context(output_of(path))
         bar = stack.enter_context(bar_of(progress, _nbytes_of(obj) if progress else 0))
         archive = stack.enter_context(contextlib.closing(ArchiveWriter(output, _root_of(path))))
-        records = _Records(archive, _is_numpy(framework, obj), bar)
+        records = _Records(archive, _is_numpy(framework, obj), bar, cast_to)
         pickler = Pickler(records)
         records.write(pickler, obj)
         _finish(archive, pickler)
@@ -103,12 +108,12 @@ class Group:
 
         Raises: ValueError where they are not of this dtype, or more or fewer than the shape says; and as `save` does.
         """
-        index, sizes = _dtype_of(dtype), tuple(int(n) for n in shape)
+        index, sizes = dtype_of(dtype), tuple(int(n) for n in shape)
         if any(n < 0 for n in sizes):
             raise ValueError(f"no tensor has the shape {sizes}")
         with self._adding(key):
             nbytes = numel(sizes) * DTYPES[index].itemsize
-            kept = self._records.chunked(nbytes, (view for chunk in chunks for view in _views_of(chunk, index)))
+            kept = self._records.chunked(nbytes, (view for chunk in chunks for view in views_of(chunk, index)))
             self._pickler.row(index, kept, sizes)
 
     def group(self, key: Any, *, metadata: Any = None) -> Group:
@@ -156,7 +161,7 @@ class Writer(Group):
 
     def __init__(self, path: Any, *, framework: str = "pt", metadata: Any = None) -> None:
         self._resources = contextlib.ExitStack()
-        self._output = self._resources.enter_context(_output(path))
+        self._output = self._resources.enter_context(output_of(path))
         try:
             self._archive = self._resources.enter_context(
                 contextlib.closing(ArchiveWriter(self._output, _root_of(path)))
@@ -204,10 +209,19 @@ class _Live(NamedTuple):
     turn: int  # of `write` in which it was
 
 
-class _Records:
-    """The storages of one file: pickling.Storages."""
+class _Filed(NamedTuple):
+    """A storage of an open file that was written: its bytes [first, last)."""
 
-    def __init__(self, archive: ArchiveWriter, arrays: bool, bar: Any) -> None:
+    kept: Kept
+    first: int
+    last: int
+    table: TensorTable  # by whose id it is known
+
+
+class _Records:
+    """The storages of one file: pickling.Storages. `dtype`: what floating-point elements of open files are cast to."""
+
+    def __init__(self, archive: ArchiveWriter, arrays: bool, bar: Any, dtype: int | None = None) -> None:
         self.is_broken = False
         self._archive = archive
         self._arrays = arrays
@@ -215,8 +229,9 @@ class _Records:
         self._numbers = itertools.count()
         self._turn = 0
         self._live: dict[int, _Live] = {}
-        self._filed: dict[tuple[int, int], Kept] = {}
-        self._tables: list[Any] = []  # whose ids are in _filed
+        self._dtype = dtype
+        self._quantizers: dict[int, set[Row]] = {}  # rows that are not cast, by table
+        self._filed: dict[tuple[int, int, int | None], _Filed] = {}
         self._needed: dict[tuple[int, int], tuple[int, int]] = {}  # of a table's storage: the bytes [first, last)
         self._buffer: memoryview | None = None
 
@@ -249,7 +264,7 @@ class _Records:
         """A NumPy array; one of this machine's byte order, and of a dtype that torch has."""
         if not self._arrays or str(value.dtype) not in _NAMES or not value.dtype.isnative:
             return None
-        return self.chunked(value.nbytes, _views_of(value, dtype_named(str(value.dtype))))
+        return self.chunked(value.nbytes, views_of(value, dtype_named(str(value.dtype))))
 
     def chunked(self, nbytes: int, parts: Iterable[Any]) -> Kept:
         """A storage out of buffers."""
@@ -267,47 +282,72 @@ class _Records:
                 self._bar.update(len(part))
 
     # ---------------------------------------------------------------- of open files
-    def filed(self, view: View, storage: int, start: int, nbytes: int) -> Kept:
-        place = id(view.table), storage
-        kept = self._filed.get(place)
-        if kept is not None and (not nbytes or (kept.start <= start and start + nbytes <= kept.start + kept.nbytes)):
-            return kept
-        whole = view.table.storage_nbytes(storage)
-        first, last = (0, whole) if kept is not None else self._needed.get(place, (0, whole))
-        if nbytes and (
-            start < first or start + nbytes > last
-        ):  # needed by what is nested where nobody has looked before
-            first, last = 0, whole
-        first -= first % UNIT
-        last = min(whole, last + -last % UNIT)
-        self._tables.append(view.table)
-        made = self._filed[place] = Kept(str(next(self._numbers)), first, last - first)
+    def filed(self, view: View, storage: int, start: int, nbytes: int, row: Row | None) -> Kept:
+        table = view.table
+        given, wanted = self._cast_of(view, row)
+        place = id(table), storage, wanted
+        known = self._filed.get(place)
+        if known is not None and (not nbytes or (known.first <= start and start + nbytes <= known.last)):
+            return known.kept
+        first, last = 0, table.storage_nbytes(storage)
+        if known is None:
+            whole, (first, last) = last, self._needed.get((id(table), storage), (first, last))
+            if nbytes and (start < first or start + nbytes > last):  # needed by what is nested where nobody has looked
+                first, last = 0, whole
+            first -= first % UNIT
+            last = min(whole, last + -last % UNIT)
+        size = last - first
+        if wanted is not None:
+            size = size // DTYPES[given].itemsize * DTYPES[wanted].itemsize
+        kept = Kept(str(next(self._numbers)), first, size, wanted)
+        self._filed[place] = _Filed(kept, first, last, table)
         try:
-            self._copy(view, storage, made)
+            self._copy(view, storage, self._filed[place], given)
         except ZipSlicerError as error:
             raise error.located(path=view.path) from None
-        return made
+        return kept
 
-    def _copy(self, view: View, storage: int, made: Kept) -> None:
+    def _cast_of(self, view: View, row: Row | None) -> tuple[int, int | None]:
+        """What the elements of a row are, and what they become: None where they stay as they are.
+
+        Raises: UnsupportedError where one storage has tensors of several dtypes.
+        """
+        if self._dtype is None or row is None:
+            return -1, None
+        table, given = view.table, dtype_named(view.table.dtype(row.dtype).name)
+        traits = DTYPES[given].traits
+        if given == self._dtype or not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[given].name in PACKED:
+            return given, None
+        if id(table) not in self._quantizers:
+            self._quantizers[id(table)] = set(table.quantizers())
+        if row in self._quantizers[id(table)]:
+            return given, None
+        if table.storage_dtype(row.storage) != given and table.dtypes(row.storage) != {given}:
+            raise UnsupportedError("a storage has tensors of several dtypes, and cannot be cast")
+        return given, self._dtype
+
+    def _copy(self, view: View, storage: int, made: _Filed, given: int) -> None:
         """The bytes of a storage into its record."""
-        table, name = view.table, f"data/{made.key}"
-        archive, record = table.archive, table.record(storage)
-        is_as_it_is = not table.swapped and archive.is_stored(record)
+        archive, record, kept = view.table.archive, view.table.record(storage), made.kept
+        is_as_it_is = not view.table.swapped and archive.is_stored(record) and kept.dtype is None
         checksum = archive.field(record, Entry.CRC) if archive.has_checksums else 0
-        if not (is_as_it_is and checksum and made.nbytes == archive.field(record, Entry.NBYTES)):
-            self._stream(made.key, made.nbytes, self._read(view, storage, record, made))
+        if not (is_as_it_is and checksum and kept.nbytes == archive.field(record, Entry.NBYTES)):
+            parts: Iterable[Any] = self._read(view, storage, record, made.first, made.last)
+            if kept.dtype is not None:
+                parts = cast_chunks(parts, given, kept.dtype)
+            self._stream(kept.key, kept.nbytes, parts)
             return
         offset, nbytes = archive.extent(record)
 
         def rest(start: int, count: int) -> Iterator[memoryview]:
-            return self._read(view, storage, record, Kept(made.key, start, count))
+            return self._read(view, storage, record, start, start + count)
 
-        self._archive.copy(name, archive.source, offset, nbytes, checksum, rest)
+        self._archive.copy(f"data/{kept.key}", archive.source, offset, nbytes, checksum, rest)
         archive.part(record, 0, 0)  # which raises ChangedError if the file was written to meanwhile
         if self._bar is not None:
             self._bar.update(nbytes)
 
-    def _read(self, view: View, storage: int, record: int, part: Kept) -> Iterator[memoryview]:
+    def _read(self, view: View, storage: int, record: int, first: int, last: int) -> Iterator[memoryview]:
         """Bytes of a storage by chunks, in this host's byte order. Each is used again for the next one."""
         table = view.table
         archive = table.archive
@@ -317,16 +357,37 @@ class _Records:
         inflated = None if archive.is_stored(record) else memoryview(archive.read(record))
         if self._buffer is None:
             self._buffer = memoryview(archive.backend.allocate(CHUNK_NBYTES)).cast("B")
-        for start in range(part.start, part.start + part.nbytes, CHUNK_NBYTES):
-            count = min(CHUNK_NBYTES, part.start + part.nbytes - start)
+        for start in range(first, last, CHUNK_NBYTES):
+            count = min(CHUNK_NBYTES, last - start)
+            chunk = self._buffer[:count]
             if inflated is None:
-                archive.read_into(
-                    (record, start, count, 0, 0), [self._buffer], view.options.threads or default_threads()
-                )
-                chunk = self._buffer[:count]
+                archive.read_into((record, start, count, 0, 0), [chunk], view.options.threads or default_threads())
             else:
-                chunk = inflated[start : start + count]
+                chunk[:] = inflated[start : start + count]
             yield _swapped(chunk, unit) if unit > 1 else chunk
+
+
+def cast_chunks(chunks: Iterable[Any], given: int, wanted: int) -> Iterator[memoryview]:
+    """Elements of one dtype as those of another, both indexes into DTYPES; what is no whole element is left out.
+
+    By torch, or by NumPy where that is not there. REQUIRES: the chunks are writable, and of whole elements but for the last.
+    """
+    source, target = DTYPES[given], DTYPES[wanted]
+    try:
+        import torch
+    except ImportError:
+        import numpy as np
+
+        before, after = array_dtype(source.name), array_dtype(target.name)
+        for chunk in chunks:
+            whole = len(chunk) - len(chunk) % source.itemsize
+            yield from views_of(np.frombuffer(chunk[:whole], before).astype(after), wanted)
+        return
+    for chunk in chunks:
+        whole = len(chunk) - len(chunk) % source.itemsize
+        if whole:
+            flat = torch.frombuffer(chunk[:whole], dtype=getattr(torch, source.name))
+            yield from views_of(flat.to(getattr(torch, target.name)), wanted)
 
 
 def _finish(archive: ArchiveWriter, pickler: Pickler) -> None:
@@ -337,20 +398,26 @@ def _finish(archive: ArchiveWriter, pickler: Pickler) -> None:
     archive.finish()
 
 
+def is_code(checkpoint: Checkpoint) -> bool:
+    """Whether a file is code with its tensors: TorchScript, or a package."""
+    for archive in checkpoint._view.archives():
+        if type(archive) is Archive and max(archive.find(["constants.pkl", ".data/extern_modules"])) >= 0:
+            return True
+    return False
+
+
 def _root(checkpoint: Checkpoint) -> Any:
     """The root of a file. Raises: UnsupportedError for a file that is more than what its root holds."""
+    if is_code(checkpoint):
+        raise UnsupportedError(
+            "TorchScript and packages are code with tensors: save its .tensors", path=checkpoint.path
+        )
     view = checkpoint._view
-    if isinstance(view, JoinedView) or type(view) is View:
-        for archive in checkpoint._view.archives():
-            if type(archive) is Archive and max(archive.find(["constants.pkl", ".data/extern_modules"])) >= 0:
-                raise UnsupportedError(
-                    "TorchScript and packages are code with their tensors: save its .tensors", path=checkpoint.path
-                )
     return At(view, 0) if type(view) is View else checkpoint.root
 
 
 @contextlib.contextmanager
-def _output(path: Any) -> Iterator[Output]:
+def output_of(path: Any) -> Iterator[Output]:
     """Where a file goes; given up where it is left without commit()."""
     made = Output(path) if hasattr(path, "write") else Replacement(path)
     try:
@@ -377,7 +444,7 @@ def _is_numpy(framework: str, obj: Any = None) -> bool:
 _NAMES = {dtype.name for dtype in DTYPES}
 
 
-def _dtype_of(dtype: Any) -> int:
+def dtype_of(dtype: Any) -> int:
     """An index into DTYPES. Raises: ValueError."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
     name = name.removeprefix("torch.")
@@ -386,7 +453,16 @@ def _dtype_of(dtype: Any) -> int:
     return dtype_named(name)
 
 
-def _views_of(chunk: Any, dtype: int) -> Iterator[memoryview]:
+def floating_index(dtype: Any) -> int:
+    """The same of a dtype that tensors can be cast to."""
+    index = dtype_of(dtype)
+    traits = DTYPES[index].traits
+    if not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[index].name in PACKED:
+        raise ValueError(f"tensors are cast to floating-point dtypes, and {dtype!r} is none")
+    return index
+
+
+def views_of(chunk: Any, dtype: int) -> Iterator[memoryview]:
     """The bytes of a tensor, an array or a buffer, in row-major order. Raises: ValueError for another dtype."""
     if hasattr(chunk, "untyped_storage"):
         _check_dtype(str(chunk.dtype).removeprefix("torch."), dtype)
