@@ -12,7 +12,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from zipslicer.plan import FAR_APART, LONG_RUN, SLAB, Geometry, hull, index, is_contiguous, numel, pieces  # noqa: E402
+from zipslicer.plan import FAR_APART, LONG_RUN, SLAB, Geometry, blocks, hull, index, is_contiguous, numel, pieces  # noqa: E402
 
 ITEMSIZE = 4
 
@@ -168,3 +168,14 @@ def test_index_errors(wanted: Any) -> None:
 def test_a_step_of_zero_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="zero"):
         index(Geometry(0, (3,), (1,)), slice(None, None, 0))
+
+
+@given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 200))
+def test_blocks_are_the_whole_in_order(shape: list[int], nbytes: int) -> None:
+    array = np.arange(numel(shape), dtype=np.int32).reshape(shape)
+    parts = [array[block] for block in blocks(shape, ITEMSIZE, nbytes)]
+    joined = np.concatenate([part.ravel() for part in parts]) if parts else np.empty(0, np.int32)
+    assert joined.tolist() == array.ravel().tolist()
+    assert all(part.nbytes <= max(nbytes, ITEMSIZE) for part in parts)
+    if array.size:
+        assert len(parts) <= 1 + 2 * array.nbytes * max(shape, default=1) // nbytes

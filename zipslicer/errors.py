@@ -89,7 +89,7 @@ class ZipSlicerError(Exception):
 
 def printable(text: str) -> str:
     """Text out of a file, for a terminal or a log: what is no sign is spelled out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _rebuild(cls: type[ZipSlicerError], message: str, state: dict[str, Any]) -> ZipSlicerError:

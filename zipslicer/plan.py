@@ -5,11 +5,12 @@ A geometry is (storage_offset, sizes, strides), in elements, as torch has it; st
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "Piece", "Sliced", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
+__all__ = ["Geometry", "Piece", "Sliced", "blocks", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
 
 LONG_RUN = 512  # bytes; shorter runs are cheaper read with what lies between them than named one by one
 FAR_APART = 16384  # bytes between runs from which on skipping is cheaper than reading through, whatever the run
@@ -156,6 +157,23 @@ def _integer(item: Any, n: int, dim: int) -> int:
     if not -n <= place < n:
         raise IndexError(f"index {place} is out of bounds for dimension {dim} with size {n}")
     return place + n if place < 0 else place
+
+
+def blocks(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[Any, ...]]:
+    """Indexes that cut a tensor, in row-major order, into parts of `nbytes` at most; an element is never cut."""
+    if not numel(shape):
+        return
+    inner, dims = itemsize, len(shape)  # bytes below the dimensions that are cut
+    while dims and inner * shape[dims - 1] <= nbytes:
+        dims -= 1
+        inner *= shape[dims]
+    if not dims:
+        yield ()
+        return
+    step = max(1, nbytes // inner)
+    for outer in itertools.product(*map(range, shape[: dims - 1])):
+        for start in range(0, shape[dims - 1], step):
+            yield (*outer, slice(start, start + step))
 
 
 def pieces(geometry: Geometry, itemsize: int) -> Iterator[Piece]:

@@ -7,7 +7,6 @@ and never a part of one.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Sequence
 from typing import Any
@@ -81,7 +80,7 @@ class Replacement(Output):
             self._fd = os.open(name, flags)
             return
         folder, base = os.path.split(self._path)
-        self._temporary = os.path.join(folder, f".{base[:NAME_LENGTH]}.{secrets.token_hex(4)}.tmp")
+        self._temporary = os.path.join(folder, f".{base[:NAME_LENGTH]}.{os.urandom(4).hex()}.tmp")
         try:
             self._fd = os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o666)
         except FileNotFoundError:

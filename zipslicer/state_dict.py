@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
-import html
 import itertools
 import math
 import operator
@@ -24,7 +23,7 @@ from .archive import Archive
 from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Hot, Kind
 from .composites import NESTED, RAGGED, Member
-from .errors import CheckpointError, TableError, ZipSlicerError
+from .errors import CheckpointError, TableError, ZipSlicerError, printable
 from .plan import Geometry
 from .plan import index as apply_index
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
@@ -429,7 +428,7 @@ class Touched(Mapping[Any, Any]):
     def __repr__(self) -> str:
         parts = [f"{_summary(k)}: {_summary(self._view.shown(p))}" for k, p in list(self._positions.items())[:SHOWN]]
         parts += [f"... {len(self) - SHOWN} more"] if len(self) > SHOWN else []
-        return _printable(f"{{{', '.join(parts)}}}")
+        return printable(f"{{{', '.join(parts)}}}")
 
 
 class MissingKeyError(KeyError):
@@ -1030,7 +1029,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
             else:
                 facts = type(value).__name__, _summary(value), ""
             rows.append((_summary(key, quoted=False), *facts))
-        return [(_printable(name), dtype, _printable(shape), size) for name, dtype, shape, size in rows]
+        return [(printable(name), dtype, printable(shape), size) for name, dtype, shape, size in rows]
 
     def _title(self) -> str:
         total = 0
@@ -1052,13 +1051,15 @@ class LazyStateDict(MutableMapping[Any, Any]):
 
     def _repr_html_(self) -> str:
         """For notebooks: the same table."""
+        import html
+
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("key", "dtype", "shape", "size"))
         body = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self._rows()
         )
         more = f"<p>... {len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
-        return f"<p>{html.escape(_printable(self._title()))}</p><table><tr>{head}</tr>{body}</table>{more}"
+        return f"<p>{html.escape(printable(self._title()))}</p><table><tr>{head}</tr>{body}</table>{more}"
 
 
 class _Items(collections.abc.ItemsView[Any, Any]):
@@ -1150,7 +1151,7 @@ class LazySequence(Sequence[Any]):
             shown.append(repr(value) if isinstance(value, TensorInfo) else _summary(value))
         if len(self) > SHOWN:
             shown.append(f"... {len(self) - SHOWN} more")
-        return _printable(f"LazySequence([{', '.join(shown)}])")
+        return printable(f"LazySequence([{', '.join(shown)}])")
 
 
 class LazySlice:
@@ -1425,7 +1426,3 @@ def _is_small(values: tuple[Any, ...]) -> bool:
         and all(not isinstance(v, str) or len(v) <= WIDTH for v in values)
         and all(type(v) is not int or abs(v) < 1 << 64 for v in values)
     )
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

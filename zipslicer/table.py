@@ -21,7 +21,7 @@ from .plan import Geometry, hull, is_contiguous, numel
 from .policy import COMPOSITES, DTYPES, LEVELS, NOT_PLAIN, Dtype, Meaning
 from .program import ARGS, MISSING, STATE, Program
 
-__all__ = ["Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
+__all__ = ["Glance", "Leaf", "Row", "TensorInfo", "TensorTable", "dotted"]
 
 ROW = struct.Struct(f"={TENSOR_FIELDS}q")
 ROW_NBYTES = ROW.size
@@ -135,12 +135,19 @@ class TensorInfo:
     parts: dict[str, TensorInfo]
     framework: str
 
-    def __init__(self, **facts: Any) -> None:
-        self.layout = "strided"
-        self.parts = {}
-        self.framework = "pt"
-        for name, value in facts.items():
-            setattr(self, name, value)
+    def __init__(
+        self, *, dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...], storage_offset: int,
+        numel: int, nbytes: int, itemsize: int, storage_key: str, storage_nbytes: int, location: str,
+        requires_grad: bool, is_parameter: bool, is_contiguous: bool, is_conj: bool, is_neg: bool,
+        class_name: str | None, layout: str = "strided",
+        parts: dict[str, TensorInfo] | None = None, framework: str = "pt",
+    ) -> None:  # fmt: skip
+        self.dtype_name, self.shape, self.strides, self.storage_offset = dtype_name, shape, strides, storage_offset
+        self.numel, self.nbytes, self.itemsize = numel, nbytes, itemsize
+        self.storage_key, self.storage_nbytes, self.location = storage_key, storage_nbytes, location
+        self.requires_grad, self.is_parameter, self.is_contiguous = requires_grad, is_parameter, is_contiguous
+        self.is_conj, self.is_neg, self.class_name, self.layout = is_conj, is_neg, class_name, layout
+        self.parts, self.framework = {} if parts is None else parts, framework
 
     @property
     def dtype(self) -> Any:
@@ -178,6 +185,15 @@ class TensorInfo:
             extra.append(f"strides={self.strides}")
         extra += [] if self.location == "cpu" else [f"location={self.location!r}"]
         return f"TensorInfo({self.dtype_name}, {list(self.shape)}{''.join(', ' + e for e in extra)})"
+
+
+class Glance(NamedTuple):
+    """What a list shows of a tensor: less than a TensorInfo, in a quarter of the time."""
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    storage: int  # its number, by which tensors of one file are known to share memory; -1 where it has several, or none
 
 
 class TensorTable:
@@ -388,6 +404,25 @@ class TensorTable:
         name = ".".join(self.program.globals[self.program.payloads[position]])
         return None if name in ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer") else name
 
+    def glance(self, position: int) -> Glance:
+        """Of a value that is a tensor or a storage. Raises: as `info`."""
+        program = self.program
+        if program.kinds[position] == Kind.TENSOR:
+            storage, index, itemsize, _, dims, ndim, *_ = ROW.unpack_from(
+                program.tensors, program.payloads[position] * ROW_NBYTES
+            )
+            sizes = tuple(program.dims[dims : dims + ndim].tolist())
+            return Glance(self.dtype(index).name, sizes, numel(sizes) * itemsize, storage)
+        if program.kinds[position] == Kind.STORAGE:
+            storage = program.payloads[position]
+            nbytes = self.storage_nbytes(storage)
+            return Glance("uint8", (nbytes,), nbytes, storage)
+        leaf = self.leaf(position)
+        assert leaf is not None
+        info = self.info(leaf)
+        storage = -1 if leaf.composite is not None else self.row(leaf.number).storage
+        return Glance(info.dtype_name, info.shape, info.nbytes, storage)
+
     def info(self, leaf: Leaf) -> TensorInfo:
         if leaf.composite is not None:
             return self._composite_info(leaf, self.composite(leaf.composite))
@@ -480,10 +515,25 @@ class TensorTable:
 
     def tensors(self, root: int) -> dict[str, int]:
         """Every tensor and storage at and below a position, each container once: dotted name -> position."""
-        return _named(self._walk(root, self.is_tensor, self.program.with_tensors()))
+        return self._flat(root) or _named(self._walk(root, self.is_tensor, self.program.with_tensors()))
+
+    def _flat(self, root: int) -> dict[str, int]:
+        """The same of a state dict that has nothing but tensors, which are called by its keys; nothing for any other value."""
+        program = self.program
+        if program.kinds[root] != Kind.DICT and program.kinds[root] != Kind.ORDERED_DICT:
+            return {}
+        pairs = program.pairs(program.payloads[root])
+        keys, values = (program.kinds[pairs.start + i : pairs.stop + 1 : 2] for i in (0, 1))
+        if keys.count(Kind.STR) != len(pairs) or values.count(Kind.TENSOR) != len(pairs):
+            return {}
+        names = program.keys(program.payloads[root], lambda *_: NOT_PLAIN)
+        return dict(zip(names, range(pairs.start + 1, pairs.stop + 1, 2)))
 
     def strangers(self) -> dict[str, int]:
         """Every call or object that policy does not know: dotted name -> position."""
+        kinds = self.program.kinds
+        if kinds.find(Kind.CALL) < 0 and kinds.find(Kind.OBJECT) < 0:
+            return {}
         return _named(self._walk(0, self._is_stranger, below=b"\1" * self.program.node_count))
 
     def is_tensor(self, position: int) -> bool:

@@ -13,7 +13,6 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .archive import Archive
@@ -83,6 +82,8 @@ class _Checking:
         self._damaged: dict[int, ArchiveError] = {}
 
     def run(self, threads: int) -> Verified:
+        from concurrent.futures import ThreadPoolExecutor  # which imports logging, and much else
+
         archive = self._archive
         if not archive.has_checksums:
             return Verified(unchecked=tuple(archive.names()))

@@ -1,4 +1,4 @@
-"""Convert: any checkpoint in, a safetensors file or an archive of torch.save out, or several with an index.
+"""Conversion: any checkpoint in, a safetensors file or an archive of torch.save out, or several with an index.
 
 One tensor after the other, and of that a chunk at a time. What has the same bytes in both files is copied by the kernel.
 Each file appears when it is whole, an index when all its files have: who runs it again after a crash gets the same result.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import struct
@@ -21,7 +20,7 @@ from .backend import COMPLEX, DIFFERENTIABLE, Kind
 from .checkpoint import Checkpoint
 from .checkpoint import open as open_checkpoint
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
-from .plan import numel
+from .plan import blocks
 from .policy import DTYPES, dtype_named
 from .replacement import Output
 from .safetensors_file import PACKED
@@ -474,7 +473,7 @@ def _bytes_of(each: _Planned, done: int = 0) -> Iterator[Any]:
 def _parts(part: LazySlice, dtype: int) -> Iterator[memoryview]:
     """The elements of a tensor in row-major order, a chunk at a time, cast to a dtype."""
     name = DTYPES[dtype].name
-    for index in _blocks(part.shape, part.info.itemsize):
+    for index in blocks(part.shape, part.info.itemsize, CHUNK_NBYTES):
         made = part[index]
         if part.info.framework == "np":
             yield from views_of(made.astype(array_dtype(name), copy=False), dtype)
@@ -486,23 +485,6 @@ def _torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
-
-
-def _blocks(shape: Sequence[int], itemsize: int) -> Iterator[tuple[Any, ...]]:
-    """Indexes that cut a tensor into parts of a chunk at most, in row-major order."""
-    if not numel(shape):
-        return
-    inner, dims = itemsize, len(shape)  # bytes below the dimensions that are cut
-    while dims and inner * shape[dims - 1] <= CHUNK_NBYTES:
-        dims -= 1
-        inner *= shape[dims]
-    if not dims:
-        yield ()
-        return
-    step = max(1, CHUNK_NBYTES // inner)
-    for outer in itertools.product(*map(range, shape[: dims - 1])):
-        for start in range(0, shape[dims - 1], step):
-            yield (*outer, slice(start, start + step))
 
 
 def _verify_safetensors(planned: Sequence[_Planned], found: Converted) -> None:

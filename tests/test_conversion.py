@@ -1,4 +1,4 @@
-"""convert: the same tensors in another format, dtype or number of files."""
+"""conversion: the same tensors in another format, dtype or number of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conformance import CASES, REFUSALS, Case, Loads  # noqa: E402
 
 import zipslicer  # noqa: E402
 from zipslicer import convert  # noqa: E402
-from zipslicer.convert import _blocks, _nbytes, _shards  # noqa: E402
+from zipslicer.conversion import _nbytes, _shards  # noqa: E402
 from zipslicer.errors import ArchiveError, UnsupportedError  # noqa: E402
 
 
@@ -151,17 +151,6 @@ def test_sizes_and_shares() -> None:
     assert _shards(sizes, 6) == [["a", "b"], ["huge"], ["c"], ["d"]]
     assert _shards(sizes, None) == [["a", "b", "huge", "c", "d"]]
     assert _shards([], 5) == [[]]
-
-
-def test_blocks() -> None:
-    assert list(_blocks((), 4)) == [()]
-    assert list(_blocks((3, 0), 4)) == []
-    assert list(_blocks((1000, 10), 4)) == [()]
-    for shape in ((3, 5 << 20), (9 << 20,), (2, 3, 1 << 22, 2), (1 << 14, 1 << 10)):
-        blocks = list(_blocks(shape, 4))
-        meta = torch.empty(shape, device="meta")
-        assert sum(meta[block].numel() for block in blocks) == meta.numel()
-        assert max(meta[block].numel() for block in blocks) * 4 <= 16 << 20
 
 
 def test_names(source: Path, out: Path) -> None:

@@ -1,0 +1,88 @@
+"""What all commands share: exit statuses, and text that is fit for a terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+from ..errors import printable
+
+__all__ = [
+    "FOUND",
+    "GOOD",
+    "INTERRUPTED",
+    "REFUSED",
+    "UNREADABLE",
+    "WRONG_USE",
+    "Say",
+    "clipped",
+    "say",
+    "silent",
+    "size",
+    "table",
+    "wrapped",
+]
+
+GOOD, FOUND, WRONG_USE, REFUSED, UNREADABLE = range(5)
+INTERRUPTED = 130  # as shells say it: 128 and the number of the signal
+
+Say = Callable[[str], None]
+
+
+def say(text: str) -> None:
+    """Lines, printable whatever the file has in its names."""
+    print(
+        text if text.isascii() and text.replace("\n", "").isprintable() else "\n".join(map(printable, text.split("\n")))
+    )
+
+
+def silent(text: str) -> None:
+    del text
+
+
+def size(nbytes: int) -> str:
+    """In three digits: "1.25 GB"."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere, and nothing is cut."""
+    if "COLUMNS" not in os.environ and not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def clipped(text: str, room: int) -> str:
+    """Text in so many columns, without its middle where it is longer."""
+    if len(text) <= room or room < 5:
+        return text
+    left = (room - 3) // 2
+    return f"{text[:left]}...{text[len(text) - (room - 3 - left) :]}"
+
+
+def wrapped(text: str) -> str:
+    """A sentence, set in from the left, in lines of 80 columns at most."""
+    return textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+
+
+def table(rows: Iterable[Sequence[str]], align: str) -> str:
+    """Rows in columns; `align` has "<" or ">" for each. The first one is cut where the terminal is too narrow."""
+    cells = [list(map(printable, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    columns = width()
+    if columns is not None and widths:
+        room = columns - sum(widths[1:]) - 2 * (len(widths) - 1)
+        if room < widths[0]:
+            widths[0] = max(room, 5)
+            for row in cells:
+                row[0] = clipped(row[0], widths[0])
+    form = "  ".join(f"{{:{side}{n}}}" for side, n in zip(align, widths))
+    return "\n".join([form.format(*row).rstrip() for row in cells])
