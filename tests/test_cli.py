@@ -259,6 +259,19 @@ def test_convert_and_extract(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert err.startswith("zipslicer: ")
 
 
+def test_merge(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.pth"
+    with zipslicer.Writer(other) as w:
+        w.write_chunks("head", [bytes(4)], dtype="uint8", shape=(4,))
+    status, out, _ = ran(capsys, "merge", model, other, tmp_path / "both.pth", "--verify", "--json")
+    assert (status, json.loads(out)[0]["tensors"]) == (0, 7)
+    status, _, err = ran(capsys, "merge", model, model, tmp_path / "twice.pth")
+    assert (status, err.count("\n")) == (2, 1)
+    status, out, _ = ran(capsys, "merge", model, __file__, tmp_path / "twice.pth")
+    assert status == 3
+    assert not (tmp_path / "twice.pth").exists()
+
+
 def test_dtypes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ml_dtypes")
     status, _, _ = ran(capsys, "convert", model, tmp_path / "half.pth", "--dtype", "bfloat16", "--verify")

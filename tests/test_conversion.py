@@ -83,6 +83,13 @@ def test_to_safetensors(source: Path, tree: dict[str, Any], out: Path) -> None:
         assert entries[name]["data_offsets"][0] % tensor.element_size() == 0
 
 
+def test_what_is_left_out(source: Path, out: Path) -> None:
+    tree = {"a": [torch.ones(1), {"b": 2, "c": torch.ones(1)}, 5], "d": {"e": None}, "w": torch.ones(1)}
+    torch.save({**tree, "again": tree["a"]}, source)
+    assert convert(source, out / "a.safetensors").left_out == ["d", "a.2", "a.1.b"]
+    assert convert(source, out / "a.safetensors", keys="w").left_out == []
+
+
 def test_there_and_back(source: Path, tree: dict[str, Any], out: Path) -> None:
     convert(source, out / "a.safetensors", keys="model.*")
     found = convert(out / "a.safetensors", out / "b.pth", verify=True)
@@ -177,6 +184,30 @@ def test_names(source: Path, out: Path) -> None:
     assert sorted(os.listdir(out)) == ["a.pth", "a.safetensors", "c.safetensors"]
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_several_become_one(out: Path, tmp_path: Path, suffix: str) -> None:
+    one, other = torch.ones(300), torch.zeros(5, 5)
+    torch.save({"a": one, "tied": one}, tmp_path / "1.pt")
+    torch.save({"b": other, "view": other[1:3].t()}, tmp_path / "2.pt")
+    with zipslicer.load(tmp_path / "2.pt") as second:
+        found = convert([tmp_path / "1.pt", second.rename({"b": "c"})], out / f"all.{suffix}", verify=True)
+    tied = suffix == "safetensors"
+    assert found.tensors == 4 - tied
+    with zipslicer.load(out / f"all.{suffix}") as sd:
+        assert sorted(sd) == ["a", "c", *(() if tied else ("tied",)), "view"]
+        assert torch.equal(sd["view"], other[1:3].t())
+    if not tied:
+        got = torch.load(out / "all.pth", weights_only=True)
+        assert got["a"].data_ptr() == got["tied"].data_ptr()
+        assert got["view"].untyped_storage().data_ptr() == got["c"].data_ptr()
+    with pytest.raises(ValueError, match="two of the checkpoints have a tensor 'a'"):
+        convert([tmp_path / "1.pt", tmp_path / "1.pt"], out / f"double.{suffix}")
+    many = convert([tmp_path / "1.pt", tmp_path / "2.pt"], out / f"s.{suffix}", max_shard_size=1000, verify=True)
+    assert len(many.files) == 3
+    with zipslicer.load(many.files[-1]) as sd:
+        assert torch.equal(sd["b"], other)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.number not in REFUSALS], ids=str)
 def test_a_case_goes_to_safetensors_or_is_refused(case: Case, tmp_path: Path, out: Path) -> None:
     outcome = case.make(tmp_path)
@@ -254,6 +285,7 @@ def test_what_is_written_wrong_is_found(source: Path, out: Path, monkeypatch: py
 CONVERTS = """
 import sys, zipslicer
 source, target = sys.argv[1:]
+zipslicer.convert(source, target)
 print("go", flush=True)
 while True:
     zipslicer.convert(source, target)

@@ -136,7 +136,7 @@ def test_file_objects(says: bool) -> None:
 SAVES = """
 import sys, zipslicer
 path, turn = sys.argv[1], int(sys.argv[2])
-source = zipslicer.load(path)
+zipslicer.save(zipslicer.load(path), path)
 print("go", flush=True)
 while True:
     turn += 1

@@ -361,6 +361,26 @@ def test_a_writer(tmp_path: Path) -> None:
     zipslicer.open(path).verify()
 
 
+def test_update(source: Path, tmp_path: Path) -> None:
+    flat = torch.arange(1000)
+    torch.save({"a": flat[10:20], "b": flat[15:30], "whole": flat}, tmp_path / "flat.pt")
+    with zipslicer.load(source) as sd, zipslicer.load(tmp_path / "flat.pt") as views:
+        part = views.select("a", "b")
+        part["mine"] = torch.ones(2)
+        with zipslicer.Writer(tmp_path / "a.pt", dtype="float16") as w:
+            w.update(sd)
+            w.group("views").update(part)
+            w.group("plain").update({"x": [1], "y": flat[:3].clone()})
+    got = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(got) == ["model", "step", "history", "views", "plain"]
+    assert got["model"]["0.weight"].dtype == torch.float16
+    assert got["model"]._metadata is not None
+    assert got["views"]["a"].tolist() == list(range(10, 20))
+    assert got["views"]["a"].untyped_storage().nbytes() == 160
+    assert got["views"]["a"].untyped_storage().data_ptr() == got["views"]["b"].untyped_storage().data_ptr()
+    assert (got["views"]["mine"].dtype, got["plain"]["y"].tolist()) == (torch.float32, [0, 1, 2])
+
+
 def written(path: Path, act: Callable[[zipslicer.Writer], None]) -> None:
     with zipslicer.Writer(path) as w:
         w["a"] = torch.ones(1000)

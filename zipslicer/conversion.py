@@ -24,11 +24,11 @@ from .plan import blocks
 from .policy import DTYPES, dtype_named
 from .replacement import Output
 from .safetensors_file import PACKED
-from .state_dict import LazySlice, LazyStateDict, Patterns
+from .state_dict import LazySequence, LazySlice, LazyStateDict, Patterns
 from .stream import bar_of
 from .table import TensorInfo
 from .tensors import default_threads
-from .writer import CHUNK_NBYTES, floating_index, is_code, output_of, save, views_of
+from .writer import CHUNK_NBYTES, Writer, floating_index, is_code, output_of, save, views_of
 
 __all__ = ["Converted", "convert"]
 
@@ -89,7 +89,8 @@ def convert(
     torch.save gets the root as it is, placeholders too; but with `keys`, `key_map` or `max_shard_size` that flat mapping.
 
     Args:
-        src: what `open` takes; a Checkpoint that is open already; or a LazyStateDict, whose own tensors are meant.
+        src: what `open` takes; a Checkpoint that is open already; a LazyStateDict, whose own tensors are meant; or a list of
+            such, whose tensors go together.
         dst: "name.safetensors", or any other name for an archive of torch.save. With `max_shard_size` the files are called
             "name-00001-of-00003.safetensors", beside "name.safetensors.index.json"; if all fits into one, as without it.
         dtype: a floating-point dtype, of torch or by name: floating-point tensors are cast to it.
@@ -112,27 +113,37 @@ def convert(
     limit = None if max_shard_size is None else _nbytes(max_shard_size)
     if dtype is not None:
         floating_index(dtype)
+    sources = src if isinstance(src, list) else [src]
+    found = Converted()
     with contextlib.ExitStack() as stack:
-        checkpoint, tensors = _opened(src, options, stack)
-        is_flat = checkpoint is None or is_code(checkpoint) or not (keys is None and key_map is None and limit is None)
-        chosen = _chosen(tensors, keys, key_map)
-        found = Converted()
+        opened = [_opened(each, options, stack) for each in sources]
+        whole = opened[0][0]
+        chosen = [_chosen(tensors, keys, key_map) for _, tensors in opened]
+        _refuse_doubles(chosen)
         if path.endswith(SAFETENSORS):
-            planned = _plan(chosen, found, dtype)
-            if checkpoint is not None and keys is None:
-                found.left_out = _others(checkpoint)
+            planned = [each for tensors in chosen for each in _plan(tensors, found, dtype)]
+            if keys is None:
+                found.left_out = [
+                    name for checkpoint, _ in opened if checkpoint is not None for name in _others(checkpoint)
+                ]
             bar = stack.enter_context(bar_of(progress, sum(each.nbytes for each in planned)))
             _write_safetensors(planned, path, limit, found, _metadata_of(chosen), bar)
             if verify:
                 _verify_safetensors(planned, found)
-        elif not is_flat:
-            save(checkpoint, path, dtype=dtype, progress=progress)
-            found.files, found.tensors = [path], len(tensors)
-            found.nbytes = sum(_info(tensors, name).nbytes for name in tensors)
+            return found
+        if (
+            len(opened) > 1
+            or whole is None
+            or is_code(whole)
+            or not (keys is None and key_map is None and limit is None)
+        ):
+            _write_archives(chosen, path, limit, found, dtype)
         else:
-            _write_archives(chosen, path, limit, found, dtype, progress)
-        if verify and not path.endswith(SAFETENSORS):
-            _verify_archives(chosen if is_flat else tensors, found, dtype)
+            save(whole, path, dtype=dtype, progress=progress)
+            found.files, found.tensors = [path], len(chosen[0])
+            found.nbytes = sum(_info(chosen[0], name).nbytes for name in chosen[0])
+        if verify:
+            _verify_archives(chosen, found, dtype)
     return found
 
 
@@ -145,6 +156,15 @@ def _opened(
     if not isinstance(src, Checkpoint):
         src = stack.enter_context(open_checkpoint(src, **options))
     return src, src.tensors
+
+
+def _refuse_doubles(chosen: Sequence[LazyStateDict]) -> None:
+    seen: set[Any] = set()
+    for tensors in chosen:
+        for name in tensors:
+            if name in seen:
+                raise ValueError(f"two of the checkpoints have a tensor {name!r}: keys= and key_map= tell them apart")
+            seen.add(name)
 
 
 def _chosen(tensors: LazyStateDict, keys: Patterns | None, key_map: KeyMap | None) -> LazyStateDict:
@@ -165,19 +185,20 @@ def _others(checkpoint: Checkpoint) -> list[str]:
     seen: set[int] = set()
     while todo:
         prefix, value = todo.pop()
-        if not isinstance(value, LazyStateDict):
-            continue
-        if id(value) in seen:
+        if not isinstance(value, (LazyStateDict, LazySequence)) or id(value) in seen:
             continue
         seen.add(id(value))
-        for key, position in value._slots.items():
-            name = f"{prefix}{key}"
-            if position >= 0 and not value._view.is_tensor(position):
-                child = value._view.touch(position)
-                if isinstance(child, LazyStateDict):
-                    todo.append((f"{name}.", child))
-                else:
-                    found.append(name)
+        view, deeper = value._view, []
+        places = value._slots if isinstance(value, LazyStateDict) else dict(enumerate(value._places))
+        for key, position in places.items():
+            if position < 0 or view.is_tensor(position):
+                continue
+            child = view.touch(position)
+            if isinstance(child, (LazyStateDict, LazySequence)):
+                deeper.append((f"{prefix}{key}.", child))
+            else:
+                found.append(f"{prefix}{key}")
+        todo += reversed(deeper)
     return found
 
 
@@ -239,42 +260,48 @@ def _write_index(path: str, names: Mapping[Any, str], nbytes: int) -> str:
 
 
 def _write_archives(
-    tensors: LazyStateDict, path: str, limit: int | None, found: Converted, dtype: Any, progress: bool
+    chosen: Sequence[LazyStateDict], path: str, limit: int | None, found: Converted, dtype: Any
 ) -> None:
     sizes: dict[Any, int] = {}  # of what shares memory, which stays in one file
     group_of: dict[Any, Any] = {}
-    for name in tensors:
-        info, position = _info(tensors, name), tensors._slots[name]
-        group = (id(tensors._view.at(position)[0]), info.storage_key) if position >= 0 and info.storage_key else name
-        group_of[name] = group
-        sizes[group] = max(sizes.get(group, 0), info.storage_nbytes or info.nbytes)
-        found.nbytes += info.nbytes
+    for tensors in chosen:
+        for name, position in tensors._slots.items():
+            info = _info(tensors, name)
+            group = (
+                (id(tensors._view.at(position)[0]), info.storage_key) if position >= 0 and info.storage_key else name
+            )
+            group_of[name] = group
+            sizes[group] = max(sizes.get(group, 0), info.storage_nbytes or info.nbytes)
+            found.nbytes += info.nbytes
     shards = _shards(list(sizes.items()), limit)
     files = _names_of(path, len(shards))
     file_of = {group: file for shard, file in zip(shards, files) for group in shard}
     places = {name: file_of[group] for name, group in group_of.items()}
     for file in files:
-        save(tensors._part([name for name in tensors if places[name] == file]), file, dtype=dtype, progress=progress)
-    found.tensors, found.files = len(tensors), files
+        with Writer(file, dtype=dtype, framework=chosen[0]._view.framework, metadata=chosen[0]._metadata) as w:
+            for tensors in chosen:
+                w.update(tensors._part([name for name in tensors if places[name] == file]))
+    found.tensors, found.files = len(places), files
     if len(files) > 1:
         found.files.append(_write_index(path, places, found.nbytes))
 
 
-def _verify_archives(tensors: LazyStateDict, found: Converted, dtype: Any) -> None:
+def _verify_archives(chosen: Sequence[LazyStateDict], found: Converted, dtype: Any) -> None:
     """Raises: ArchiveError."""
     index = None if dtype is None else floating_index(dtype)
-    with open_checkpoint(found.files[-1]) as again:
+    with open_checkpoint(found.files[-1], framework=chosen[0]._view.framework) as again:
         again.verify()
-        if list(again.tensors) != list(tensors):
+        if list(again.tensors) != [name for tensors in chosen for name in tensors]:
             raise ArchiveError("the tensors that were written are called otherwise than before", path=found.files[-1])
-        for name in tensors:
-            for one, other in zip(_dense(tensors, name), _dense(again.tensors, name)):
-                wanted = dtype_named(one.info.dtype_name)
-                if index is not None and wanted != dtype_named(other.info.dtype_name):
-                    wanted = index
-                parts = zip(_parts(one, wanted), _parts(other, wanted))
-                if one.info.shape != other.info.shape or any(left != right for left, right in parts):
-                    raise ArchiveError("what was written is not what was read", path=found.files[-1], key=name)
+        for tensors in chosen:
+            for name in tensors:
+                for one, other in zip(_dense(tensors, name), _dense(again.tensors, name)):
+                    wanted = dtype_named(one.info.dtype_name)
+                    if index is not None and wanted != dtype_named(other.info.dtype_name):
+                        wanted = index
+                    parts = zip(_parts(one, wanted), _parts(other, wanted))
+                    if one.info.shape != other.info.shape or any(left != right for left, right in parts):
+                        raise ArchiveError("what was written is not what was read", path=found.files[-1], key=name)
 
 
 def _dense(tensors: LazyStateDict, name: Any) -> list[LazySlice]:
@@ -364,7 +391,8 @@ def _plan(tensors: LazyStateDict, found: Converted, dtype: Any) -> list[_Planned
                 extent = table.archive, record, start
         order = (view is None, 0 if view is None else tensors._view.place(position))
         planned.append(_Planned(name, tensors.get_slice(name), made, info.numel * DTYPES[made].itemsize, extent, order))
-    found.tensors, found.nbytes = len(planned), sum(each.nbytes for each in planned)
+    found.tensors += len(planned)
+    found.nbytes += sum(each.nbytes for each in planned)
     return planned
 
 
@@ -387,9 +415,10 @@ def _check(name: Any, info: TensorInfo, *, is_bare: bool, path: str | None) -> i
     raise UnsupportedError(f"safetensors has no {why}; keys= and key_map= leave it out", key=name, path=path)
 
 
-def _metadata_of(tensors: LazyStateDict) -> dict[str, str]:
-    """What a safetensors file says of itself is kept; that of another file is the format's own."""
-    return {"format": "pt", **{key: value for key, value in tensors.metadata().items() if key != "total_size"}}
+def _metadata_of(chosen: Sequence[LazyStateDict]) -> dict[str, str]:
+    """What safetensors files say of themselves is kept; that of another file is the format's own."""
+    found = {key: value for tensors in chosen for key, value in tensors.metadata().items() if key != "total_size"}
+    return {"format": "pt", **found}
 
 
 def _write_safetensors(

@@ -14,7 +14,7 @@ import sys
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .archive import Archive
@@ -77,6 +77,12 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
         output.commit()
 
 
+def entry_of(values: LazyStateDict, key: Any) -> Any:
+    """What the Pickler takes for a value of a mapping: its place in the file, or an object of the user's own."""
+    position = values._slots[key]
+    return values._overlay[key] if position < 0 else At(values._view, position)
+
+
 class Group:
     """A mapping of a file that is being written: what is assigned to it is written at once, and not held.
 
@@ -95,6 +101,14 @@ class Group:
         """Write a value. Raises: KeyError for a key that is there already; and as `save` does."""
         with self._adding(key):
             self._records.write(self._pickler, value)
+
+    def update(self, values: Mapping[Any, Any]) -> None:
+        """Write all items of a mapping. Those of a LazyStateDict go from file to file, as in `save`. Raises: as for one."""
+        with self._writing():
+            self._records.begin(values)
+        for key in values:
+            with self._adding(key):
+                self._pickler.write(entry_of(values, key) if isinstance(values, LazyStateDict) else values[key])
 
     def write_chunks(self, key: Any, chunks: Iterable[Any], *, dtype: Any, shape: Sequence[int]) -> None:
         """Write a tensor that never exists whole.
@@ -125,19 +139,22 @@ class Group:
 
     @contextlib.contextmanager
     def _adding(self, key: Any) -> Iterator[None]:
-        if not self._is_open:
-            raise ValueError("the file is finished, or given up after an error")
-        if key in self._keys:
-            raise KeyError(f"{key!r} is written already")
-        self._keys.add(key)
-        try:
+        with self._writing():
+            if key in self._keys:
+                raise KeyError(f"{key!r} is written already")
+            self._keys.add(key)
             self._pickler.write(key)
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if not self._is_open or self._records.is_broken:
+            raise ValueError("the file is finished, or was given up after an error")
+        try:
             yield
         except BaseException:
             self._records.is_broken = True  # half an item may be in the pickle, half a record in the archive
             raise
-        if self._records.is_broken:
-            raise ValueError("the file was given up after an error")
 
     def _close(self) -> None:
         self._is_open = False
@@ -153,20 +170,21 @@ class Writer(Group):
     at `path` when the block is left, whole and on the disk; if that is by an exception, nothing happens to `path`.
 
     Args:
-        path, framework: as for `save`.
+        path, dtype, framework: as for `save`.
         metadata: see above.
 
     Raises: as `save` does.
     """
 
-    def __init__(self, path: Any, *, framework: str = "pt", metadata: Any = None) -> None:
+    def __init__(self, path: Any, *, dtype: Any = None, framework: str = "pt", metadata: Any = None) -> None:
+        cast_to = None if dtype is None else floating_index(dtype)
         self._resources = contextlib.ExitStack()
         self._output = self._resources.enter_context(output_of(path))
         try:
             self._archive = self._resources.enter_context(
                 contextlib.closing(ArchiveWriter(self._output, _root_of(path)))
             )
-            records = _Records(self._archive, _is_numpy(framework), None)
+            records = _Records(self._archive, _is_numpy(framework), None, cast_to)
             super().__init__(records, Pickler(records), metadata)
         except BaseException:
             self._resources.close()
@@ -235,10 +253,14 @@ class _Records:
         self._needed: dict[tuple[int, int], tuple[int, int]] = {}  # of a table's storage: the bytes [first, last)
         self._buffer: memoryview | None = None
 
-    def write(self, pickler: Pickler, value: Any) -> None:
-        """A value with all its storages."""
+    def begin(self, value: Any) -> None:
+        """Look at what is written next, as one."""
         self._turn += 1
         self._needed = _needed(value)
+
+    def write(self, pickler: Pickler, value: Any) -> None:
+        """A value with all its storages."""
+        self.begin(value)
         pickler.write(_root(value) if isinstance(value, Checkpoint) else value)
 
     # ---------------------------------------------------------------- of this process

@@ -7,6 +7,7 @@
     zipslicer diff A B              what differs between two files
     zipslicer convert SRC DST       another format, dtype, or number of files
     zipslicer extract FILE DST KEY...   some of the tensors, in a file of their own
+    zipslicer merge SRC... DST      the tensors of several files, in one
 
 Exit status: 0 nothing was found, 1 something was (damage, a difference, a stranger), 2 wrong use, 3 a file is refused,
 4 the system cannot read or write one. Of several files the highest counts. 130 says that Ctrl-C ended it.
@@ -99,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
     extract.add_argument("keys", nargs="+", metavar="GLOB", help="names of tensors: 'layer3.*'")
     _writing(extract)
+
+    merge = _command(commands, "merge", "converting.merge", "write the tensors of several files to one")
+    merge.add_argument("sources", nargs="+", metavar="SRC", help="checkpoints, folders or indexes of shards")
+    merge.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
+    merge.set_defaults(files=["the files"], keys=None)
+    _writing(merge)
     return parser
 
 

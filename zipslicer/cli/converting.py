@@ -1,4 +1,4 @@
-"""zipslicer convert, zipslicer extract: what was written, and what could not be written as it was."""
+"""zipslicer convert, extract, merge: what was written, and what could not be written as it was."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from typing import Any
 
 from .terminal import GOOD, Say, size
 
-__all__ = ["convert"]
+__all__ = ["convert", "framework", "merge"]
 
 SHOWN = 5  # names of a kind
 
 
 def convert(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
+    return _converted(path, options, say)
+
+
+def merge(_path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
+    return _converted(options.sources, options, say)
+
+
+def _converted(src: Any, options: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
     from ..conversion import convert as convert_file
 
     strip = options.strip
     found = convert_file(
-        path,
+        src,
         options.dst,
         dtype=options.dtype,
         keys=options.keys,
