@@ -22,7 +22,9 @@ FLOORS = [
     "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
-OPENED = {"state_dict": {"module"}}  # side doors that a method opens when it is called, or that types are named of
+OPENED = {
+    "state_dict": {"module", "notebook"}
+}  # side doors that a method opens when it is called, or that types are named of
 # Only tensors.py is the floor of torch; these two answer with a torch.dtype when asked for one.
 TORCH = {"tensors": {"__init__"}, "table": {"dtype"}}
 SIDE = {"plan", "arrays"}  # floors that read no file

@@ -718,7 +718,7 @@ def test_repr_of_many_keys_is_short() -> None:
     sd = loaded({f"k{i}": torch.zeros(1) for i in range(1000)})
     assert repr(sd).count("\n") == 25
     assert repr(sd).endswith("... 976 more")
-    assert "976 more" in sd._repr_html_()
+    assert sd._repr_html_().count("<div>") == 1000
     assert repr(loaded([torch.zeros(1)] * 100)).endswith("... 76 more])")
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .module import LoadReport
     from .tensors import ReadOptions, RowReader
 
-__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View", "materialize"]
+__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View", "materialize", "size_text", "summary"]
 
 OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
@@ -426,7 +426,7 @@ class Touched(Mapping[Any, Any]):
         return len(self._positions)
 
     def __repr__(self) -> str:
-        parts = [f"{_summary(k)}: {_summary(self._view.shown(p))}" for k, p in list(self._positions.items())[:SHOWN]]
+        parts = [f"{summary(k)}: {summary(self._view.shown(p))}" for k, p in list(self._positions.items())[:SHOWN]]
         parts += [f"... {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return printable(f"{{{', '.join(parts)}}}")
 
@@ -441,7 +441,7 @@ class MissingKeyError(KeyError):
     def __str__(self) -> str:
         key = self.args[0]
         if not isinstance(key, str) or len(key) > LOOKED_LIKE:
-            return f"{_summary(key)} is not in this checkpoint"
+            return f"{summary(key)} is not in this checkpoint"
         names = [k for k in itertools.islice(self._keys, LOOKED_AT) if isinstance(k, str) and len(k) <= LOOKED_LIKE]
         near = difflib.get_close_matches(key, names, 3)
         return f"{key!r} is not in this checkpoint" + (f"; near it: {', '.join(map(repr, near))}" if near else "")
@@ -1025,10 +1025,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
             else:
                 value = self._view.shown(position)
             if isinstance(value, TensorInfo):
-                facts = value.dtype_name, str(list(value.shape)), _size(value.nbytes)
+                facts = value.dtype_name, str(list(value.shape)), size_text(value.nbytes)
             else:
-                facts = type(value).__name__, _summary(value), ""
-            rows.append((_summary(key, quoted=False), *facts))
+                facts = type(value).__name__, summary(value), ""
+            rows.append((summary(key, quoted=False), *facts))
         return [(printable(name), dtype, printable(shape), size) for name, dtype, shape, size in rows]
 
     def _title(self) -> str:
@@ -1036,7 +1036,7 @@ class LazyStateDict(MutableMapping[Any, Any]):
         for key, position in self._slots.items() if len(self._slots) <= 10_000 else ():
             info = self._view.shown_meta(position) if position >= 0 else self.get_meta(key)
             total += info.nbytes if info is not None else 0
-        size = f", {_size(total)}" if total else ""
+        size = f", {size_text(total)}" if total else ""
         where = f" in {self.path!r}" if self.path else ""
         return f"LazyStateDict: {len(self)} key{'s' * (len(self) != 1)}{size}{where}"
 
@@ -1050,16 +1050,10 @@ class LazyStateDict(MutableMapping[Any, Any]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """For notebooks: the same table."""
-        import html
+        """For notebooks: a tree that opens and closes."""
+        from .notebook import tree
 
-        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("key", "dtype", "shape", "size"))
-        body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
-        )
-        more = f"<p>... {len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
-        return f"<p>{html.escape(printable(self._title()))}</p><table><tr>{head}</tr>{body}</table>{more}"
+        return tree(self, self._title())
 
 
 class _Items(collections.abc.ItemsView[Any, Any]):
@@ -1148,7 +1142,7 @@ class LazySequence(Sequence[Any]):
         shown = []
         for position in self._places[:SHOWN]:
             value = self._view.shown(position)
-            shown.append(repr(value) if isinstance(value, TensorInfo) else _summary(value))
+            shown.append(repr(value) if isinstance(value, TensorInfo) else summary(value))
         if len(self) > SHOWN:
             shown.append(f"... {len(self) - SHOWN} more")
         return printable(f"LazySequence([{', '.join(shown)}])")
@@ -1392,16 +1386,17 @@ def _code(dtype_name: str) -> str:
     return next((d.code for d in DTYPES if d.name == dtype_name and d.code), dtype_name)
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """In three digits: "1.25 GB"."""
     size = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
 
 
-def _summary(value: Any, *, quoted: bool = True) -> str:
+def summary(value: Any, *, quoted: bool = True) -> str:
     """A value in one short line, whatever its size."""
     if isinstance(value, (LazyStateDict, LazySequence, Mapping, list, set, frozenset)):
         return f"{type(value).__name__} of {len(value)}"

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import printable
+from ..state_dict import size_text as size
 
 __all__ = [
     "FOUND",
@@ -41,16 +42,6 @@ def say(text: str) -> None:
 
 def silent(text: str) -> None:
     del text
-
-
-def size(nbytes: int) -> str:
-    """In three digits: "1.25 GB"."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def width() -> int | None:
