@@ -1313,6 +1313,7 @@ def _is_same(one: Any, other: Any) -> bool:
             if len(a) != len(b) or {k for k in a if not isinstance(k, Placeholder)} - b:
                 return False
         elif type(a) is Placeholder:
+            seen.add(id(a))
             todo += zip(_parts_of(a), _parts_of(b))
         elif a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
             return False
