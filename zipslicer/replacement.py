@@ -6,8 +6,10 @@ and never a part of one.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ __all__ = ["Output", "Replacement"]
 
 NAME_LENGTH = 48  # characters of the target's name in that of its temporary file, which may have 255 bytes
 COPIED_NBYTES = 64 << 20  # that the kernel copies in one call, between which Ctrl-C is heard
+AHEAD_NBYTES = 64 << 20  # after so many the disk is told to begin with them: a third of the time of a large file, seen
 MOST_BUFFERS = 512  # of one writev; IOV_MAX is 1024
 
 
@@ -69,6 +72,7 @@ class Replacement(Output):
         self._temporary: str | None = None
         self._fd = -1
         self._process = os.getpid()
+        self._begun = 0  # bytes that the disk was told of
         flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
             facts: os.stat_result | None = os.stat(name)
@@ -98,6 +102,7 @@ class Replacement(Output):
             batch = views[:MOST_BUFFERS]
             done = os.writev(self._fd, batch) if hasattr(os, "writev") else os.write(self._fd, batch[0])
             self.offset += done
+            self._write_out()
             while done:
                 if done < len(views[0]):
                     views[0] = views[0][done:]
@@ -118,6 +123,7 @@ class Replacement(Output):
                     break
                 done += count
                 self.offset += count
+                self._write_out()
         except (
             OSError
         ):  # between some file systems it cannot be done; what else is wrong, the reading of the rest will say
@@ -125,6 +131,12 @@ class Replacement(Output):
         finally:
             os.lseek(self._fd, self.offset, os.SEEK_SET)  # copying with offsets leaves the position alone
         return done
+
+    def _write_out(self) -> None:
+        """Let the disk begin, so that fsync finds little left to wait for."""
+        if self.offset - self._begun >= AHEAD_NBYTES and self._temporary is not None:
+            _begin_to_write(self._fd, self._begun, self.offset - self._begun)
+            self._begun = self.offset
 
     def commit(self) -> None:
         """The file takes its place, once the disk has it. Raises: OSError; the old file is then still there."""
@@ -164,3 +176,23 @@ class Replacement(Output):
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.discard()
+
+
+def _begin_to_write(fd: int, offset: int, nbytes: int) -> None:
+    """sync_file_range(2), which Python has not: a hint, and none where it is missing."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+
+
+def _found_in_libc() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
+
+
+_sync_file_range = _found_in_libc()
