@@ -192,6 +192,7 @@ def test_show_a_tensor_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "none": torch.empty(0),
         "one": torch.tensor(2.5),
         "grad": torch.ones(2, 3).t().requires_grad_(),
+        "storage": torch.ones(2).untyped_storage(),
     }
     torch.save(tree, tmp_path / "a.pt")
     status, out, _ = ran(capsys, "show", tmp_path / "a.pt", "*")
@@ -200,6 +201,7 @@ def test_show_a_tensor_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "sparse (values): float32 [3]" in out
     assert "  no elements" in out
     assert "  begins 2.5\n" in out
+    assert "storage\n  uint8 [8]" in out
     assert "strides [1, 3]" in out
     assert "requires_grad" in out
 

@@ -90,3 +90,15 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change = found(tmp_path, monkeypatch, after)["sparse"].change
     assert change is not None
     assert (change.differing, change.numel) == (3, 9)  # of six indices and three values
+
+
+def test_shards_and_a_storage_that_became_a_tensor(tmp_path: Path) -> None:
+    torch.save({"s": torch.arange(4, dtype=torch.uint8).untyped_storage()}, tmp_path / "1.bin")
+    torch.save({"w": torch.ones(3)}, tmp_path / "2.bin")
+    (tmp_path / "a.bin.index.json").write_text('{"weight_map": {"w": "2.bin", "s": "1.bin"}}')
+    torch.save({"w": torch.ones(3), "s": torch.tensor([0, 1, 2, 5], dtype=torch.uint8)}, tmp_path / "b.pt")
+    with zipslicer.load(tmp_path / "a.bin.index.json") as one, zipslicer.load(tmp_path / "b.pt") as other:
+        (got,) = differences(one, other)
+    assert (got.name, got.kind) == ("s", "values")
+    assert got.change is not None
+    assert got.change.differing == 1

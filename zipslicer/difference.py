@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from .backend import Kind
 from .plan import blocks
 from .state_dict import LazySlice, LazyStateDict
 from .table import TensorInfo
@@ -91,7 +92,7 @@ def _changed(before: LazyStateDict, after: LazyStateDict, name: Any) -> Change |
     assert info is not None
     if info.location == "meta":
         return None
-    if info.storage_key and before._view.at(before._slots[name])[0].table.leaf(before._slots[name]) is None:
+    if _is_bare(before, name) or _is_bare(after, name):
         return _sum([_of_bytes(before[name], after[name])])
     one, other = before.get_slice(name), after.get_slice(name)
     if info.parts:
@@ -99,14 +100,26 @@ def _changed(before: LazyStateDict, after: LazyStateDict, name: Any) -> Change |
     return _sum([_of_parts(one, other)])
 
 
+def _is_bare(tensors: LazyStateDict, name: Any) -> bool:
+    """Whether a name is that of a storage without a tensor."""
+    position = tensors._slots[name]
+    view, place = tensors._view.at(position) if position >= 0 else (None, 0)
+    return view is not None and view.kinds[place] == Kind.STORAGE
+
+
 _Sums = tuple[int, int, float, float, float]  # differing, count, largest, squares of differences, squares of the first
 
 
 def _of_bytes(one: Any, other: Any) -> _Sums:
-    """Of two bare storages."""
-    left, right = (bytes(getattr(each, "_untyped_storage", each)) for each in (one, other))
+    """Of two bare storages; or of one, and a tensor of bytes."""
+    left, right = (_bytes_of(each) for each in (one, other))
     wrong = sum(a != b for a, b in zip(left, right)) + abs(len(left) - len(right))
     return wrong, len(left), float(bool(wrong)), float(wrong), float(len(left))
+
+
+def _bytes_of(value: Any) -> bytes:
+    value = getattr(value, "_untyped_storage", value)
+    return value.numpy().tobytes() if hasattr(value, "numpy") else bytes(value)
 
 
 def _of_parts(one: LazySlice, other: LazySlice) -> _Sums:

@@ -24,10 +24,7 @@ def show(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[st
         for name in checkpoint.tensors.select(*options.keys):
             info = checkpoint.tensors.get_meta(name)
             assert info is not None
-            part = checkpoint.tensors.get_slice(name)
-            parts = {f"{name} ({each})": part.part(each) for each in info.parts} or {name: part}
-            if info.location == "meta":
-                parts = {}
+            parts = _parts(checkpoint.tensors, name, info)
             say(f"{name}\n{wrapped(_facts(info))}")
             result: dict[str, Any] = {"name": name, "dtype": info.dtype_name, "shape": list(info.shape), "values": {}}
             for title, each in parts.items():
@@ -37,6 +34,17 @@ def show(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[st
                 say(head + _numbers(values, each))
             found.append(result)
     return GOOD, {"path": path, "tensors": found}
+
+
+def _parts(tensors: Any, name: str, info: TensorInfo) -> dict[str, Any]:
+    """What numbers are looked at, by title: none of a tensor without elements, nor of a storage without a tensor."""
+    if info.location == "meta":
+        return {}
+    try:
+        part = tensors.get_slice(name)
+    except TypeError:
+        return {}
+    return {f"{name} ({each})": part.part(each) for each in info.parts} or {name: part}
 
 
 def _facts(info: TensorInfo) -> str:
