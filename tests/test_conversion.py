@@ -243,11 +243,15 @@ def test_a_case_goes_to_safetensors_or_is_refused(case: Case, tmp_path: Path, ou
 def is_plain(checkpoint: Any, name: str) -> bool:
     """Whether safetensors.torch saves such a tensor."""
     tensor = checkpoint.tensors[name]
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        return False
     try:
         safetensors.save({"x": tensor.detach().clone().contiguous()})
-    except (KeyError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+    except (KeyError, ValueError):  # a dtype that it does not know
         return False
-    return not tensor.is_meta and not tensor.is_quantized and tensor.layout is torch.strided
+    return True
 
 
 def test_torch_is_needed_for_no_copy(source: Path, out: Path) -> None:
