@@ -122,6 +122,12 @@ def test_dtypes(source: Path, tree: dict[str, Any], out: Path, name: str, dtype:
         assert got["part"].storage_offset() == 40
     with pytest.raises(ValueError, match="floating-point"):
         convert(source, out / name, dtype=torch.int8)
+    if name == "a.safetensors":
+        with (
+            zipslicer.open(source, dtype=torch.float64) as checkpoint,
+            pytest.raises(ValueError, match="rounded twice"),
+        ):
+            convert(checkpoint, out / name)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -361,6 +361,82 @@ def test_a_writer(tmp_path: Path) -> None:
     zipslicer.open(path).verify()
 
 
+def test_selections_one_after_the_other(tmp_path: Path) -> None:
+    flat = torch.arange(100_000, dtype=torch.float32)
+    torch.save({"a": flat[:10], "b": flat[50_000:50_010]}, tmp_path / "flat.pt")
+    with zipslicer.load(tmp_path / "flat.pt") as sd, zipslicer.Writer(tmp_path / "a.pt") as w:
+        w["one"] = sd.select("a")
+        w["two"] = sd.select("b")
+        w["again"] = sd.select("b")
+    assert (tmp_path / "a.pt").stat().st_size < 3000
+    got = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert got["two"]["b"].tolist() == list(range(50_000, 50_010))
+    assert got["two"]["b"].data_ptr() == got["again"]["b"].data_ptr()
+
+
+def test_the_dtype_that_a_file_was_opened_with(source: Path, tmp_path: Path) -> None:
+    with zipslicer.load(source, dtype=torch.float64) as sd:
+        got = torch.load(saved(sd, tmp_path / "a.pt"), weights_only=True)
+        assert conformance.differences(sd.materialize(), got, zipslicer.describe) == []
+        half = torch.load(saved(sd, tmp_path / "a.pt", dtype="float16"), weights_only=True)
+    assert got["model"]["0.weight"].dtype == torch.float64
+    assert half["model"]["0.weight"].dtype == torch.float16
+    assert half["model"]["1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_a_foreign_byte_order_is_cast(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    torch.save({"w": torch.arange(6, dtype=torch.float32)}, content)
+    swap: dict[str, Callable[[bytes], bytes]] = {"data/0": byte_swapped, "byteorder": lambda _: b"big"}
+    made = makers.edited(
+        content.getvalue(), lambda name, data: next((f(data) for end, f in swap.items() if name.endswith(end)), data)
+    )
+    got = torch.load(saved(zipslicer.load(made.data), tmp_path / "a.pt", dtype="bfloat16"), weights_only=True)
+    assert (got["w"].dtype, got["w"].tolist()) == (torch.bfloat16, [0, 1, 2, 3, 4, 5])
+
+
+def byte_swapped(data: bytes) -> bytes:
+    return b"".join(data[i : i + 4][::-1] for i in range(0, len(data), 4))
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+
+    def chunks(w: zipslicer.Writer) -> Any:
+        w["within"] = 1
+        yield b""
+
+    w = zipslicer.Writer(path)
+    with pytest.raises(ValueError, match="another tensor is being written"):
+        w.write_chunks("x", chunks(w), dtype="uint8", shape=(0,))
+    w.discard()
+    with zipslicer.Writer(path) as w:
+        w["a"] = 1
+        with pytest.raises(KeyError):
+            w["a"] = 2  # which did no harm
+        w["b"] = 3
+    assert torch.load(path) == {"a": 1, "b": 3}
+
+
+def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm.auto")
+    bars: list[Any] = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[misc,name-defined]
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with zipslicer.open(source) as checkpoint:
+        whole = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors)
+        saved(checkpoint, tmp_path / "a.pt", progress=True)
+        saved(checkpoint.root, tmp_path / "a.pt", progress=True)
+        saved(checkpoint.tensors.select("model.0.weight"), tmp_path / "a.pt", progress=True)
+    assert [bar.total for bar in bars] == [whole, whole, 4800]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
+
+
 def test_update(source: Path, tmp_path: Path) -> None:
     flat = torch.arange(1000)
     torch.save({"a": flat[10:20], "b": flat[15:30], "whole": flat}, tmp_path / "flat.pt")

@@ -353,6 +353,8 @@ def _plan(tensors: LazyStateDict, found: Converted, dtype: Any) -> list[_Planned
     for name, position in tensors._slots.items():
         info = _info(tensors, name)
         view, place = tensors._view.at(position) if position >= 0 else (None, -1)
+        if view is not None and view.options.dtype is not None:
+            raise ValueError("open the checkpoint without dtype=, and convert it with that: else it is rounded twice")
         leaf = None if view is None else view.table.leaf(place)
         given = _check(name, info, is_bare=view is not None and leaf is None, path=tensors.path)
         made = given

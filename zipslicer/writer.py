@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import os
 import sys
+import threading
 import weakref
 import zlib
 from array import array
@@ -55,7 +56,8 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
         obj: what to write.
         path: where to; or a binary file object, which is written to from its position on.
         dtype: a floating-point dtype, of torch or NumPy or by name: floating-point tensors of open files are cast to it, chunk
-            by chunk. Others, and those of this process, stay as they are.
+            by chunk; by default to the dtype that the file was opened with. Others, and those of this process, stay as they
+            are.
         framework: "np" writes arrays of NumPy as tensors, as framework="np" reads them; else they stay arrays.
         progress: show a bar of bytes (needs tqdm).
 
@@ -68,7 +70,9 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
     cast_to = None if dtype is None else floating_index(dtype)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(output_of(path))
-        bar = stack.enter_context(bar_of(progress, _nbytes_of(obj) if progress else 0))
+        obj = _root(obj) if isinstance(obj, Checkpoint) else obj
+        total = sum(last - first for first, last in _needed(obj).values()) if progress else 0
+        bar = stack.enter_context(bar_of(progress, total))
         archive = stack.enter_context(contextlib.closing(ArchiveWriter(output, _root_of(path))))
         records = _Records(archive, _is_numpy(framework, obj), bar, cast_to)
         pickler = Pickler(records)
@@ -139,22 +143,29 @@ class Group:
 
     @contextlib.contextmanager
     def _adding(self, key: Any) -> Iterator[None]:
+        if key in self._keys:
+            raise KeyError(f"{key!r} is written already")
         with self._writing():
-            if key in self._keys:
-                raise KeyError(f"{key!r} is written already")
             self._keys.add(key)
             self._pickler.write(key)
             yield
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        if not self._is_open or self._records.is_broken:
+        records = self._records
+        if not self._is_open or records.is_broken:
             raise ValueError("the file is finished, or was given up after an error")
+        if not records.lock.acquire(blocking=False):
+            raise ValueError(
+                "another tensor is being written: by another thread, or it is its chunks that write this one"
+            )
         try:
             yield
         except BaseException:
-            self._records.is_broken = True  # half an item may be in the pickle, half a record in the archive
+            records.is_broken = True  # half an item may be in the pickle, half a record in the archive
             raise
+        finally:
+            records.lock.release()
 
     def _close(self) -> None:
         self._is_open = False
@@ -241,6 +252,7 @@ class _Records:
 
     def __init__(self, archive: ArchiveWriter, arrays: bool, bar: Any, dtype: int | None = None) -> None:
         self.is_broken = False
+        self.lock = threading.Lock()
         self._archive = archive
         self._arrays = arrays
         self._bar = bar
@@ -260,8 +272,9 @@ class _Records:
 
     def write(self, pickler: Pickler, value: Any) -> None:
         """A value with all its storages."""
+        value = _root(value) if isinstance(value, Checkpoint) else value
         self.begin(value)
-        pickler.write(_root(value) if isinstance(value, Checkpoint) else value)
+        pickler.write(value)
 
     # ---------------------------------------------------------------- of this process
     def live(self, storage: Any) -> tuple[str, str]:
@@ -311,13 +324,12 @@ class _Records:
         known = self._filed.get(place)
         if known is not None and (not nbytes or (known.first <= start and start + nbytes <= known.last)):
             return known.kept
-        first, last = 0, table.storage_nbytes(storage)
-        if known is None:
-            whole, (first, last) = last, self._needed.get((id(table), storage), (first, last))
-            if nbytes and (start < first or start + nbytes > last):  # needed by what is nested where nobody has looked
-                first, last = 0, whole
-            first -= first % UNIT
-            last = min(whole, last + -last % UNIT)
+        whole = table.storage_nbytes(storage)
+        first, last = self._needed.get((id(table), storage), (0, whole))
+        if nbytes and (start < first or start + nbytes > last):  # needed by what is nested where nobody has looked
+            first, last = 0, whole
+        first -= first % UNIT
+        last = min(whole, last + -last % UNIT)
         size = last - first
         if wanted is not None:
             size = size // DTYPES[given].itemsize * DTYPES[wanted].itemsize
@@ -334,11 +346,14 @@ class _Records:
 
         Raises: UnsupportedError where one storage has tensors of several dtypes.
         """
-        if self._dtype is None or row is None:
+        to = self._dtype
+        if to is None and row is not None and view.options.dtype is not None:
+            to = floating_index(view.options.dtype)  # what a touch gives, and so what is meant
+        if to is None or row is None:
             return -1, None
         table, given = view.table, dtype_named(view.table.dtype(row.dtype).name)
         traits = DTYPES[given].traits
-        if given == self._dtype or not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[given].name in PACKED:
+        if given == to or not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[given].name in PACKED:
             return given, None
         if id(table) not in self._quantizers:
             self._quantizers[id(table)] = set(table.quantizers())
@@ -346,7 +361,7 @@ class _Records:
             return given, None
         if table.storage_dtype(row.storage) != given and table.dtypes(row.storage) != {given}:
             raise UnsupportedError("a storage has tensors of several dtypes, and cannot be cast")
-        return given, self._dtype
+        return given, to
 
     def _copy(self, view: View, storage: int, made: _Filed, given: int) -> None:
         """The bytes of a storage into its record."""
@@ -542,20 +557,27 @@ def _swapped(chunk: memoryview, unit: int) -> memoryview:
     units = array(SWAPPED[unit])
     units.frombytes(chunk[:whole])
     units.byteswap()
-    return memoryview(units.tobytes() + bytes(chunk[whole:]))
+    return memoryview(bytearray(units) + chunk[whole:])
 
 
-def _needed(value: Any) -> dict[tuple[int, int], tuple[int, int]]:
-    """Of the storages of open files, as far as a value needs only a part: the bytes [first, last), by table and storage."""
-    found: dict[tuple[int, int], tuple[int, int]] = {}
-    whole: set[tuple[int, int]] = set()
+Extents = dict[
+    tuple[int, int], tuple[int, int]
+]  # of the storages of open files, by table and number: bytes [first, last)
+
+
+def _needed(value: Any) -> Extents:
+    """What a value needs of the storages of open files: of those that a selection alone needs, a part."""
+    found: Extents = {}
+    whole: Extents = {}
     todo, seen = [value], set()
     while todo:
         each = todo.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, LazyStateDict):
+        if isinstance(each, At):
+            _note([each.view.at(each.position)], found, whole)
+        elif isinstance(each, LazyStateDict):
             is_selected = each._position is None or each._is_edited
             places = [each._view.at(p) for p in each._filed()] if is_selected else [each._view.at(each._position or 0)]
             _note(places, found, None if is_selected else whole)
@@ -564,14 +586,10 @@ def _needed(value: Any) -> dict[tuple[int, int], tuple[int, int]]:
             _note([each._view.at(p) for p in each._places], found, whole)
         elif type(each) in (dict, list, tuple):
             todo += each.values() if isinstance(each, dict) else each
-    return {place: extent for place, extent in found.items() if place not in whole}
+    return {**found, **whole}
 
 
-def _note(
-    places: Sequence[tuple[View, int]],
-    found: dict[tuple[int, int], tuple[int, int]],
-    whole: set[tuple[int, int]] | None,
-) -> None:
+def _note(places: Sequence[tuple[View, int]], found: Extents, whole: Extents | None) -> None:
     """What stands at some positions, and below: into `found`, or into `whole` where there is one."""
     by_view: dict[int, tuple[View, list[int]]] = {}
     for view, position in places:
@@ -580,7 +598,8 @@ def _note(
         table, empty = view.table, set[tuple[int, int]]()
         numbers, storages = _below(table, positions, {})
         if whole is not None:
-            whole.update((id(table), storage) for storage in (*storages, *(table.row(n).storage for n in numbers)))
+            for storage in (*storages, *(table.row(number).storage for number in numbers)):
+                whole[id(table), storage] = 0, table.storage_nbytes(storage)
             continue
         for storage in storages:
             found[id(table), storage] = 0, table.storage_nbytes(storage)
@@ -595,8 +614,3 @@ def _note(
                 empty.add(place)
         for place in empty - found.keys():
             found[place] = 0, 0
-
-
-def _nbytes_of(value: Any) -> int:
-    """For a bar: what is known beforehand."""
-    return sum(last - first for first, last in _needed(value).values())
