@@ -96,15 +96,13 @@ class Pickler:
         self._children: list[tuple[int, Pickler]] = []  # where in the opcodes those of another one stand
         self._names: dict[Any, int] = {}  # the memo's slots of strings and globals, by what they are
         self._memo: dict[Any, tuple[int, Any]] = {}  # of objects by id, each with what must live for that; and of nodes
-        self._counter: Iterator[int] = (
-            itertools.count() if parent is None else parent._counter
-        )  # of slots, in all of it
+        # The numbers of slots: each once, in all of the pickle.
+        self._counter: Iterator[int] = itertools.count() if parent is None else parent._counter
         self._dtypes: dict[str, int] = {} if parent is None else parent._dtypes  # of the classes of storages, by key
         self._slots = 0
         self._protocol = PROTOCOL
-        self._open: dict[
-            Any, int
-        ] = {}  # what is being written and has no slot yet -> slots there were when it was begun
+        # What is being written and has no slot yet -> how many slots there were when it was begun.
+        self._open: dict[Any, int] = {}
         self._edits: dict[int, tuple[View, dict[int, Any]]] = {}
 
     def write(self, value: Any) -> None:

@@ -8,6 +8,7 @@
     zipslicer convert SRC DST       another format, dtype, or number of files
     zipslicer extract FILE DST KEY...   some of the tensors, in a file of their own
     zipslicer merge SRC... DST      the tensors of several files, in one
+    zipslicer bench FILE            how long it takes to read, beside torch.load
 
 Exit status: 0 nothing was found, 1 something was (damage, a difference, a stranger), 2 wrong use, 3 a file is refused,
 4 the system cannot read or write one. Of several files the highest counts. 130 says that Ctrl-C ended it.
@@ -106,7 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
     merge.set_defaults(files=["the files"], keys=None)
     _writing(merge)
+
+    bench = _command(commands, "bench", "timings.bench", "time this file on this machine, beside torch.load")
+    bench.add_argument("files", nargs=1, metavar="FILE", help="one file")
+    bench.add_argument("--samples", type=_count, default=3, metavar="N", help="fresh processes of each (default 3)")
+    _json(bench)
     return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return count
 
 
 def _command(commands: Any, name: str, act: str, what: str) -> argparse.ArgumentParser:
