@@ -245,7 +245,7 @@ def page(found: dict[str, dict[str, list[dict[str, float]]]], samples: int) -> s
         for name, taken in by_name.items():
             cells = row(taken, best)
             rows.append([name, *cells[:2], "-" if case == "ls" else cells[2]])
-        parts.append(grid(rows))
+        parts.append(grid(rows).strip())
     return "\n\n".join(parts) + "\n"
 
 
