@@ -175,6 +175,23 @@ def test_tensors_of_any_kind(tmp_path: Path) -> None:
         assert compare(checkpoint).difference is None
 
 
+def test_tensors_that_are_not_plain_go_the_way_of_torch(tmp_path: Path) -> None:
+    hooked = torch.ones(2, requires_grad=True)
+    hooked.register_hook(lambda grad: grad)
+    with pytest.warns(UserWarning, match="hooks"):
+        zipslicer.save({"w": hooked}, tmp_path / "a.pt")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        zipslicer.save({"w": torch._efficientzerotensor((3,))}, tmp_path / "a.pt")
+    noted = torch.ones(2)
+    noted.note = "x"
+    for name, value in {"noted": noted, "grad": torch.ones(2, requires_grad=True) * 2}.items():
+        got = torch.load(saved({name: value}, tmp_path / "b.pt"), weights_only=True)[name]
+        torch.save({name: value.detach() if name == "grad" else value}, tmp_path / "c.pt")
+        assert got.tolist() == torch.load(tmp_path / "c.pt", weights_only=True)[name].tolist()
+        assert getattr(got, "note", None) == getattr(value, "note", None)
+        assert got.requires_grad == value.requires_grad
+
+
 # ---------------------------------------------------------------- what is lazy
 
 

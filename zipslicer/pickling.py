@@ -330,6 +330,9 @@ class Pickler:
         if _is_storage(value):
             self._storage(value)
             return None
+        if cls.__module__ == "torch" and cls.__name__ == "Tensor" and _is_plain(value):
+            self._plain_tensor(value)
+            return None
         if _is_array(value) and (kept := self._storages.array(value)) is not None:
             self.row(DTYPES_BY_NAME[str(value.dtype)], kept, value.shape)
             self._remember(id(value), value)
@@ -487,6 +490,27 @@ class Pickler:
         key, location = self._storages.live(untyped)
         index = None if dtype is None else DTYPES_BY_NAME.get(str(dtype).removeprefix("torch."))
         self._persistent(index, key, location, untyped.nbytes())
+
+    def _plain_tensor(self, value: Any) -> None:
+        """As its `__reduce_ex__` would have it, for a fifth of the time: state dicts have them by the thousand."""
+        untyped = value.untyped_storage()
+        key, location = self._storages.live(untyped)
+        dtype = DTYPES_BY_NAME[str(value.dtype)[len("torch.") :]]
+        typed = DTYPES[dtype].storage is not None
+        flags = value.requires_grad | value.is_conj() << 1 | value.is_neg() << 2
+        self._rebuild(typed)
+        self._row_arguments(
+            dtype,
+            Kept(key, 0, untyped.nbytes()),
+            value.storage_offset(),
+            value.shape,
+            value.stride(),
+            location,
+            flags,
+            typed,
+        )
+        self._out += REDUCE
+        self._remember(id(value), value)
 
     def _persistent(self, dtype: int | None, key: str, location: str, nbytes: int) -> None:
         """('storage', class, key, location, elements). `dtype` None is an untyped storage, whose elements are bytes."""
@@ -823,6 +847,18 @@ def _found(module: str, name: str) -> Any:
 def _is_storage(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, (torch.storage.TypedStorage, torch.UntypedStorage))
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a torch.Tensor is dense, has bytes of its own here, and nothing else to be saved."""
+    torch = sys.modules["torch"]
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and str(tensor.dtype)[len("torch.") :] in DTYPES_BY_NAME
+        and not (tensor.is_quantized or tensor.is_nested or tensor.__dict__ or tensor._backward_hooks)
+        and not (tensor._is_zerotensor() or (hasattr(tensor, "has_names") and tensor.has_names()))
+    )
 
 
 def _is_array(value: Any) -> bool:
