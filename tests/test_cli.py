@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,36 @@ def test_a_list_needs_no_torch_and_a_closed_pipe_is_no_error(model: Path) -> Non
     command = f"{sys.executable} -m zipslicer ls {model} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_shell_completes_words(tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    out = tmp_path / "words"
+    line = "zipslicer convert a b --max"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(out),
+    }
+    command = [sys.executable, "-m", "zipslicer"]
+    subprocess.run(command, env={**os.environ, **asked}, check=True, capture_output=True, cwd="/")
+    assert out.read_text().split() == ["--max-shard-size"]
+
+
+def test_a_bar_where_it_can_be_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    asked: list[bool] = []
+
+    def converts(*_: Any, progress: bool, **__: Any) -> Any:
+        asked.append(progress)
+        return zipslicer.Converted()
+
+    monkeypatch.setattr("zipslicer.conversion.convert", converts)
+    command = ["convert", str(model), str(tmp_path / "a.pth")]
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        main(command)
+        main([*command, "--progress"])
+        main([*command, "--no-progress"])
+    assert asked == [False, True, False, True, True, False]

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line. Prints, never computes: what it says comes from the modules of the library.
 
     zipslicer ls FILE [GLOB...]     the tensors of a file
@@ -20,7 +21,7 @@ draws coloured tables. Each command is a module, imported when it is called.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,17 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zipslicer`; -> exit status."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants a word completed: see docs/usage.md
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options = parser.parse_args(argv)
     if not hasattr(options, "act"):
         parser.print_help()
         return GOOD
     try:
+        if getattr(options, "progress", False) is None:
+            options.progress = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
         return _run(options)
     except KeyboardInterrupt:
         print("zipslicer: interrupted", file=sys.stderr)
@@ -76,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _files(check)
     check.add_argument("--no-torch", action="store_true", help="do not compare with torch.load")
     check.add_argument("--threads", type=int, help="for reading and for checksums")
-    check.add_argument("--progress", action="store_true", help="show a bar of bytes (needs tqdm)")
+    _progress(check)
     _json(check)
 
     scan = _command(commands, "scan", "checking.scan", "say what the file names, and what plain pickle would run")
@@ -141,8 +148,13 @@ def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strip", metavar="PREFIX", help="take it off the names that have it")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="several files with an index: 5GB")
     parser.add_argument("--verify", action="store_true", help="read all once more, and compare")
-    parser.add_argument("--progress", action="store_true", help="show a bar of bytes (needs tqdm)")
+    _progress(parser)
     _json(parser)
+
+
+def _progress(parser: argparse.ArgumentParser) -> None:
+    help_ = "a bar of bytes (needs tqdm); on a terminal there is one anyway"
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help=help_)
 
 
 def _run(options: argparse.Namespace) -> int:
