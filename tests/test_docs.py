@@ -49,7 +49,7 @@ def _raised_by(source: str, names: dict[str, Any]) -> BaseException | None:
     return None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/recipes.md", "docs/migration.md"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # what recipes import
 def test_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
