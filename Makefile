@@ -86,6 +86,7 @@ demo: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	@$(VENV)/bin/python examples/example_resnet18.py
+	@$(VENV)/bin/python examples/larger_than_memory.py
 
 # Bare pytest, never `python -m pytest`: that one puts the checkout first on the path and would test its files.
 # `cd /` for the same reason. A native module that is there and broken is tested, and fails; only a missing one is not.
