@@ -7,6 +7,7 @@
 #   make fuzz     each fuzzer for FUZZ_SECONDS=60 (needs clang and its libFuzzer: Debian's clang, libclang-rt-14-dev)
 #   make sanitize the tests and the readers under AddressSanitizer, UBSan and ThreadSanitizer
 #   make bench    docs/performance.md and the table of the README (7 GB of files in benchmarks/.cache, 90 minutes)
+#   make docs     the site of docs/, the API and the command line's help, in build/site; a warning is an error
 #   make lint     ruff, mypy, clang-format          make format   let ruff and clang-format rewrite
 #   make clean    remove the environments and every build output; the two .cache folders go with `make clean-bench`
 #
@@ -17,21 +18,23 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples test test-numpy test-integrations real fuzz sanitize bench lint format clean clean-bench
+.PHONY: help demo examples test test-numpy test-integrations real fuzz sanitize bench docs lint format clean clean-bench
 
 PYTHON ?= python3
 VENV := .venv
 BENCH := .venv-bench
 NUMPY := .venv-numpy
+DOCS := .venv-docs
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
 DEV_PACKAGES := $(BUILD_PACKAGES) torch
 INTEGRATION_PACKAGES := transformers accelerate diffusers peft
+DOCS_PACKAGES := mkdocs-material mkdocstrings mkdocstrings-python
 BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
-PYTHON_FOLDERS := zipslicer tests benchmarks examples fuzz
+PYTHON_FOLDERS := zipslicer tests benchmarks examples fuzz docs
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cc benchmarks/*.cc fuzz/*.cc)
 
 help:
@@ -65,6 +68,10 @@ $(NUMPY)/.installed: constraints.txt $(NATIVE_SOURCES)
 
 $(BENCH)/.packages: constraints.txt
 	$(call make_venv,$(BENCH),$(BENCH_PACKAGES))
+	@touch $@
+
+$(DOCS)/.packages: constraints.txt
+	$(call make_venv,$(DOCS),$(DOCS_PACKAGES))
 	@touch $@
 
 # The ancestor has the same import name: it lies aside, and only the process that measures it looks there.
@@ -217,6 +224,11 @@ bench: $(BENCH)/.installed $(BENCH)/zipslicer-0.8.1
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
 	$(BENCH)/bin/python benchmarks/report.py
 
+# The pure backend, out of this folder: the site needs no more of the package than its docstrings and its parser.
+docs: $(DOCS)/.packages
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) ZIPSLICER_BACKEND=pure $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "== build/site/index.html"
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(PYTHON_FOLDERS)
 	$(VENV)/bin/ruff format --check $(PYTHON_FOLDERS)
@@ -229,7 +241,7 @@ format: $(VENV)/.packages
 	@if [ -f .clang-format ]; then $(VENV)/bin/clang-format -i $(CXX_SOURCES); fi
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(NUMPY) $(ASAN) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(NUMPY) $(DOCS) $(ASAN) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-bench:
