@@ -1,11 +1,12 @@
-"""What all commands share: exit statuses, and text that is fit for a terminal."""
+"""What all commands share: exit statuses, and text that is fit for a terminal.
+
+What `ls` can do without is imported when it is needed: it is to be there before one has let go of the key.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import printable
@@ -48,6 +49,8 @@ def width() -> int | None:
     """Columns of the terminal; None where the output goes elsewhere, and nothing is cut."""
     if "COLUMNS" not in os.environ and not sys.stdout.isatty():
         return None
+    import shutil
+
     return shutil.get_terminal_size().columns
 
 
@@ -61,6 +64,8 @@ def clipped(text: str, room: int) -> str:
 
 def wrapped(text: str) -> str:
     """A sentence, set in from the left, in lines of 80 columns at most."""
+    import textwrap
+
     return textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
 
 
