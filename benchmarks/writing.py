@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Callable[[str, str, Any], None]]
         {NATIVE: convert(), PURE: convert(), "load_file, torch.save, fsync": safetensors_to_torch},
     ),
     "select": (
-        "half of its layers to a file of torch.save", MODEL, ".pth",
+        "11 of its 40 layers to a file of torch.save", MODEL, ".pth",
         {NATIVE: select, PURE: select, "torch.load(mmap=True), clone, torch.save, fsync": torch_select},
     ),
     "save": (
