@@ -323,3 +323,28 @@ def test_a_bar_where_it_can_be_seen(model: Path, tmp_path: Path, monkeypatch: py
         main([*command, "--progress"])
         main([*command, "--no-progress"])
     assert asked == [False, True, False, True, True, False]
+
+
+def test_show_of_what_has_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipslicer.Writer(tmp_path / "a.pth") as w:
+        w.write_chunks("w", [bytes(4)], dtype="bits8", shape=(4,))
+    assert ran(capsys, "show", tmp_path / "a.pth", "w")[:2] == (
+        0, "w\n  bits8 [4], 4 elements, 4 B, storage '0' of 4 B from element 0\n",
+    )  # fmt: skip
+
+
+def test_diff_fits_a_terminal(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.pth"
+    with zipslicer.Writer(other) as w:
+        w.write_chunks("layer0.weight", [bytes(48)], dtype="float32", shape=(4, 3))
+    monkeypatch.setenv("COLUMNS", "60")
+    status, out, _ = ran(capsys, "diff", model, other, "layer0.weight")
+    assert status == 1
+    first, second, _ = out.splitlines()
+    assert first == "~ layer0.weight"
+    assert second.startswith("    12 of 12 values differ, by ")
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = ran(capsys, "diff", model, other, "layer0.weight")
+    assert out.startswith("~ layer0.weight  ")

@@ -33,7 +33,7 @@ def base() -> dict[str, Any]:
 def found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: dict[str, Any], **keywords: Any
 ) -> dict[str, Difference]:
-    monkeypatch.setattr(zipslicer.difference, "CHUNK_NBYTES", 64)
+    monkeypatch.setattr(zipslicer.values, "CHUNK_NBYTES", 64)
     torch.save(base(), tmp_path / "a.pt")
     torch.save(after, tmp_path / "b.pt")
     with zipslicer.load(tmp_path / "a.pt") as one, zipslicer.load(tmp_path / "b.pt") as other:
@@ -102,3 +102,22 @@ def test_shards_and_a_storage_that_became_a_tensor(tmp_path: Path) -> None:
     assert (got.name, got.kind) == ("s", "values")
     assert got.change is not None
     assert got.change.differing == 1
+
+
+def test_terabytes_that_are_four_bytes(tmp_path: Path) -> None:
+    for name, value in (("a.pt", 3.0), ("b.pt", 4.0)):
+        torch.save({"w": torch.tensor([value]).expand(1 << 40)}, tmp_path / name)
+    with zipslicer.load(tmp_path / "a.pt") as one, zipslicer.load(tmp_path / "b.pt") as other:
+        (each,) = differences(one, other)
+    assert each.change == (1 << 40, 1 << 40, 1.0, float(1 << 20), 1 / 3)
+
+
+@pytest.mark.parametrize("framework", ["pt", "np"])
+def test_elements_that_are_no_numbers(framework: str, tmp_path: Path) -> None:
+    for name, value in (("a.pt", 3), ("b.pt", 4)):
+        torch.save({"w": torch.tensor([1, value], dtype=torch.uint8).view(torch.bits8)}, tmp_path / name)
+    one = zipslicer.load(tmp_path / "a.pt", framework=framework)
+    other = zipslicer.load(tmp_path / "b.pt", framework=framework)
+    (each,) = differences(one, other)
+    assert each.change is not None
+    assert (each.change.differing, each.change.numel) == (1, 2)

@@ -28,6 +28,10 @@ TENSORS = {
     "odd": torch.tensor([math.nan, math.inf, -math.inf, 1.0, 2.0, 0.0, math.nan]),
     "only": torch.tensor([math.nan, math.inf]),
     "same": torch.full((100,), 3.5),
+    "repeated": torch.randn(3, 1, 5).expand(3, 70, 5),
+    "one": torch.tensor(2.5).expand(40, 50),
+    "windows": torch.randn(100).unfold(0, 10, 1),
+    "half complex": torch.randn(50, dtype=torch.complex64).to(torch.complex32),
     "scalar": torch.tensor(-2.0),
     "none": torch.empty(0, 3),
     "huge": torch.tensor([1e300, -1e300], dtype=torch.float64),
@@ -60,3 +64,25 @@ def test_values(name: str, framework: str, tmp_path: Path, monkeypatch: pytest.M
     if name != "huge":  # whose squares are no float64
         assert got[4:9] == pytest.approx(right[4:9], rel=1e-12, nan_ok=True)
     assert got[4:6] == pytest.approx(right[4:6], nan_ok=True)
+
+
+@pytest.mark.parametrize("framework", ["pt", "np"])
+def test_terabytes_that_are_four_bytes(framework: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.tensor([3.0]).expand(1 << 40)}, tmp_path / "a.pt")
+    with zipslicer.load(tmp_path / "a.pt", framework=framework) as sd:
+        got = values_of(sd.get_slice("w"))
+    assert got == Values(1 << 40, 0, 0, 0, 3.0, 3.0, 3.0, 0.0, 3.0 * (1 << 20), ())
+
+
+def test_what_overlaps_otherwise_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1 << 17).as_strided((1 << 16, 1 << 16), (1, 1))}, tmp_path / "a.pt")
+    with zipslicer.load(tmp_path / "a.pt") as sd:
+        with pytest.raises(zipslicer.UnsupportedError, match="17179869184 bytes .* repeats 524288 bytes"):
+            values_of(sd.get_slice("w"))
+
+
+@pytest.mark.parametrize("framework", ["pt", "np"])
+def test_elements_that_are_no_numbers(framework: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(8, dtype=torch.uint8).view(torch.bits8)}, tmp_path / "a.pt")
+    with zipslicer.load(tmp_path / "a.pt", framework=framework) as sd, pytest.raises(TypeError, match="bits8"):
+        values_of(sd.get_slice("w"))

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .backend import Kind
-from .plan import blocks
 from .state_dict import LazySlice, LazyStateDict
 from .table import TensorInfo
-from .values import CHUNK_NBYTES, doubles
+from .values import doubles, once
 
 __all__ = ["Change", "Difference", "differences"]
 
@@ -22,7 +21,8 @@ class Change(NamedTuple):
     """How the numbers of two tensors of one shape differ, as float64.
 
     Attributes:
-        differing: how many elements are not the same. A NaN is the same as a NaN.
+        differing: how many elements are not the same. A NaN is the same as a NaN. Of dtypes that have no numbers (bits,
+            packed float4) it is bytes that count.
         numel: of elements.
         largest: the largest absolute difference of two that are finite.
         norm: the root of the sum of squares of these differences; `relative`: that over the norm of the first tensor.
@@ -127,8 +127,9 @@ def _of_parts(one: LazySlice, other: LazySlice) -> _Sums:
 
     differing = count = 0
     largest = squares = whole = 0.0
-    for block in blocks(one.shape, max(one.info.itemsize, other.info.itemsize), CHUNK_NBYTES):
-        left, right = doubles(one[block]), doubles(other[block])
+    found = once(one.info, other.info)
+    for index in found.indexes():
+        left, right = doubles(one[index]), doubles(other[index])
         count += left.size
         finite = np.isfinite(left)
         whole += float((left[finite] ** 2).sum())
@@ -138,7 +139,8 @@ def _of_parts(one: LazySlice, other: LazySlice) -> _Sums:
             apart = np.abs(right[wrong & finite & np.isfinite(right)] - left[wrong & finite & np.isfinite(right)])
             largest = max(largest, float(apart.max(initial=0.0)))
             squares += float((apart**2).sum())
-    return differing, count, largest, squares, whole
+    times = found.times
+    return times * differing, times * count, largest, times * squares, times * whole
 
 
 def _sum(parts: list[_Sums]) -> Change:

@@ -9,6 +9,7 @@
     zipslicer convert SRC DST       another format, dtype, or number of files
     zipslicer extract FILE DST KEY...   some of the tensors, in a file of their own
     zipslicer merge SRC... DST      the tensors of several files, in one
+    zipslicer report FILE           a page about it, to be looked at in a browser
     zipslicer bench FILE            how long it takes to read, beside torch.load
 
 Exit status: 0 nothing was found, 1 something was (damage, a difference, a stranger), 2 wrong use, 3 a file is refused,
@@ -114,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
     merge.set_defaults(files=["the files"], keys=None)
     _writing(merge)
+
+    report = _command(commands, "report", "reporting.report", "write a page about a file: a map, tables, what is odd")
+    report.add_argument("files", nargs=1, metavar="FILE", help="a checkpoint, a folder or an index of shards")
+    report.add_argument("-o", "--output", default="report.html", metavar="PAGE", help="default: report.html")
+    report.add_argument("--diff", metavar="OTHER", help="a second file: the page says how it differs")
+    report.add_argument("--no-values", action="store_true", help="names, shapes and dtypes only: nothing is read")
+    report.add_argument("--threads", type=int, help="that look at values")
+    _progress(report)
+    _json(report)
 
     bench = _command(commands, "bench", "timings.bench", "time this file on this machine, beside torch.load")
     bench.add_argument("files", nargs=1, metavar="FILE", help="one file")

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import ZipSlicerError
-from .terminal import FOUND, GOOD, REFUSED, Say
+from .terminal import FOUND, GOOD, REFUSED, Say, wrapped
 
 __all__ = ["check", "scan"]
 
@@ -40,7 +40,7 @@ def check(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[s
         if not bad and not options.no_torch:
             compared = _compared(checkpoint)
             result["torch.load"] = compared
-            lines.append(f"  torch.load: {compared['says']}")
+            lines.append(wrapped(f"torch.load: {compared['says']}"))
             bad = compared["differs"]
     result["verdict"] = "damaged" if result["damaged"] or result.get("errors") else "different" if bad else "good"
     say("\n".join([f"{result['verdict'].upper()}  {path}", *lines]))

@@ -9,7 +9,7 @@ from ..checkpoint import open as open_checkpoint
 from ..difference import Difference, differences
 from ..table import TensorInfo
 from .converting import framework
-from .terminal import FOUND, GOOD, Say
+from .terminal import FOUND, GOOD, Say, fitted
 
 __all__ = ["diff"]
 
@@ -44,20 +44,20 @@ def _is_in(key: str, tensors: Any) -> bool:
 
 
 def _line(each: Difference) -> str:
-    text = f"{SIGNS.get(each.kind, '~')} {each.name}  "
+    return fitted(f"{SIGNS.get(each.kind, '~')} {each.name}", _said(each))
+
+
+def _said(each: Difference) -> str:
     if each.before is None or each.after is None:
-        return text + _facts(each.before or each.after)
-    if each.kind != "values":
-        text += f"{_facts(each.before)} -> {_facts(each.after)}"
+        return _facts(each.before or each.after)
+    said = [] if each.kind == "values" else [f"{_facts(each.before)} -> {_facts(each.after)}"]
     change = each.change
-    if change is None:
-        return text
-    if not change.differing:
-        return f"{text}, all {change.numel:,} values equal"
-    return (
-        f"{text}{', ' if each.kind != 'values' else ''}{change.differing:,} of {change.numel:,} values differ, "
-        f"by {change.largest:.3g} at most, relative norm {change.relative:.3g}"
-    )
+    if change is not None and not change.differing:
+        said.append(f"all {change.numel:,} values equal")
+    elif change is not None:
+        said.append(f"{change.differing:,} of {change.numel:,} values differ")
+        said.append(f"by {change.largest:.3g} at most, relative norm {change.relative:.3g}")
+    return ", ".join(said)
 
 
 def _facts(info: TensorInfo | None) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "WRONG_USE",
     "Say",
     "clipped",
+    "fitted",
     "say",
     "silent",
     "size",
@@ -60,6 +61,14 @@ def clipped(text: str, room: int) -> str:
         return text
     left = (room - 3) // 2
     return f"{text[:left]}...{text[len(text) - (room - 3 - left) :]}"
+
+
+def fitted(name: str, facts: str) -> str:
+    """A name and what is said of it: in one line, or where the terminal is too narrow for that in two."""
+    columns = width()
+    if columns is None or len(name) + 2 + len(facts) <= columns:
+        return f"{name}  {facts}"
+    return f"{clipped(name, columns)}\n    {facts}"
 
 
 def wrapped(text: str) -> str:
