@@ -70,9 +70,9 @@ def write_checkpoints() -> None:
     torch.save({"model": torch.nn.Linear(2, 2), "config": Config()}, "whole.pt")
 
 
-def terminal(commands: list[str]) -> list[str]:
+def terminal(name: str, commands: list[str]) -> list[str]:
     """What a terminal shows when they were typed."""
-    socket = f"zipslicer-{os.getpid()}"
+    socket = f"zipslicer-{os.getpid()}-{name}"
 
     def tmux(*arguments: str) -> str:
         return subprocess.run(["tmux", "-L", socket, *arguments], check=True, capture_output=True, text=True).stdout
@@ -107,7 +107,9 @@ def draw(lines: list[str], path: Path) -> None:
     rows = []
     for number, line in enumerate(lines):
         bold = ' class="typed"' if line.startswith("$ ") else ""
-        rows.append(f'<text x="18" y="{(number + 1) * step + 12}"{bold} xml:space="preserve">{html.escape(line)}</text>')
+        rows.append(
+            f'<text x="18" y="{(number + 1) * step + 12}"{bold} xml:space="preserve">{html.escape(line)}</text>'
+        )
     size = f'width="{COLUMNS * width + 36:.0f}" height="{len(lines) * step + 30}"'
     style = "text{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#d6dde5}.typed{fill:#6fd3c7}"
     parts = [
@@ -126,7 +128,7 @@ def photograph(page: Path, path: Path) -> None:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync", "hide-scrollbars"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
@@ -147,7 +149,7 @@ def main() -> None:
         os.chdir(folder)
         write_checkpoints()
         for name, commands in WALK.items():
-            lines = terminal(commands)
+            lines = terminal(name, commands)
             too_long = [line for line in lines if len(line) > COLUMNS]
             if too_long:
                 sys.exit(f"wider than {COLUMNS} columns: {too_long[0]!r}")
