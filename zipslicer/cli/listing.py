@@ -66,13 +66,22 @@ def _sort(listed: list[Listed], by: str) -> None:
 
 def _list(listed: Sequence[Listed]) -> str:
     first: dict[Any, str] = {}
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    said: dict[Any, tuple[str, str, str]] = {}  # most tensors are like another but for their name
+    shares = False
     for name, facts, storage in listed:
-        shares = "" if storage is None else first.setdefault(storage, name)
-        shown = f"shares {shares}" if shares != name and shares else ""
-        rows.append((name, facts.dtype_name, str(list(facts.shape)), size(facts.nbytes), shown))
-    if not any(row[-1] for row in rows):
-        rows = [row[:-1] for row in rows]  # type: ignore[misc]
+        kind = facts[:3]
+        shown = said.get(kind)
+        if shown is None:
+            shown = said[kind] = facts.dtype_name, str(list(facts.shape)), size(facts.nbytes)
+        whose = name if storage is None else first.setdefault(storage, name)
+        if whose == name:
+            rows.append((name, *shown))
+        else:
+            shares = True
+            rows.append((name, *shown, f"shares {whose}"))
+    if shares:
+        rows = [row if len(row) == 5 else (*row, "") for row in rows]
     return table(rows, "<<<><") if rows else "no tensors"
 
 
@@ -80,15 +89,21 @@ def _totals(listed: Sequence[Listed], of_all: int) -> str:
     """What they are together. Memory that several share counts once for the whole, and for each of its dtypes."""
     by_dtype: dict[str, list[int]] = {}
     stored: dict[Any, int] = {}
-    for number, (_, facts, storage) in enumerate(listed):
-        counts = by_dtype.setdefault(facts.dtype_name, [0, 0])
+    alone = 0
+    for _, facts, storage in listed:
+        dtype_name, _, nbytes, _ = facts
+        counts = by_dtype.get(dtype_name)
+        if counts is None:
+            counts = by_dtype[dtype_name] = [0, 0]
         counts[0] += 1
-        counts[1] += facts.nbytes
-        place = number if storage is None else storage
-        stored[place] = max(stored.get(place, 0), facts.nbytes)
+        counts[1] += nbytes
+        if storage is None:
+            alone += nbytes
+        elif stored.get(storage, -1) < nbytes:
+            stored[storage] = nbytes
     some = f"{len(listed):,} tensors" if len(listed) == of_all else f"{len(listed):,} of {of_all:,} tensors"
     kinds = ", ".join(f"{count:,} {name} ({size(nbytes)})" for name, (count, nbytes) in by_dtype.items())
-    return f"{some}, {size(sum(stored.values()))}" + (f": {kinds}" if kinds else "")
+    return f"{some}, {size(alone + sum(stored.values()))}" + (f": {kinds}" if kinds else "")
 
 
 def _tree(listed: Iterable[Listed], depth: int | None) -> str:

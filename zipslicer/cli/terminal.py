@@ -5,6 +5,7 @@ What `ls` can do without is imported when it is needed: it is to be there before
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -80,7 +81,9 @@ def wrapped(text: str) -> str:
 
 def table(rows: Iterable[Sequence[str]], align: str) -> str:
     """Rows in columns; `align` has "<" or ">" for each. The first one is cut where the terminal is too narrow."""
-    cells = [list(map(printable, row)) for row in rows]
+    cells = [list(row) for row in rows]
+    if not all(map(str.isprintable, itertools.chain.from_iterable(cells))):
+        cells = [list(map(printable, row)) for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]
     columns = width()
     if columns is not None and widths:
