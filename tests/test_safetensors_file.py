@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pickle
 import struct
@@ -163,13 +164,26 @@ def test_a_file_that_changes_is_noticed(path: Path) -> None:
         sd.materialize()
 
 
-def test_it_is_opened_by_its_path(path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="by its path"):
-        zipslicer.load(path.read_bytes())
+def test_it_is_opened_from_wherever_its_bytes_are(path: Path, tmp_path: Path) -> None:
+    text = path.read_bytes()
     packed = path.with_suffix(".gz")
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UnsupportedError, match="by its path"):
-        zipslicer.load(packed)
+    packed.write_bytes(gzip.compress(text))
+    behind = tmp_path / "behind"
+    behind.write_bytes(b"something else" + text)
+    with zipslicer.load(path) as sd, behind.open("rb") as file:
+        wanted = sd.materialize()
+        file.seek(len(b"something else"))
+        for source in (text, packed, io.BytesIO(text), file):
+            with zipslicer.load(source) as other:
+                assert list(other) == list(sd)
+                assert other.metadata() == sd.metadata()
+                assert all(torch.equal(other[name], wanted[name]) for name in other)
+
+
+def test_bytes_that_lie_about_their_size_are_refused(path: Path) -> None:
+    for text in (path.read_bytes() + b"x", path.read_bytes()[:-1]):
+        with pytest.raises(ArchiveError, match="no safetensors file"):
+            zipslicer.load(text)
 
 
 def test_without_the_package_the_error_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

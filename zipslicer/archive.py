@@ -6,10 +6,11 @@ the directory, and proved by the read that first fetches it (backend.read_record
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .backend import ENTRY_FIELDS, JOB_FIELDS, Backend, Buffer, Entry, Job, Text
 from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
@@ -20,6 +21,7 @@ __all__ = ["LOCAL_SIGNATURE", "STORED", "Archive", "window_of"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
+NOTHING = contextlib.nullcontext()
 FEW_NBYTES = 512  # which are read in one call with their header
 LOCAL_SIGNATURE = b"PK\x03\x04"
 METHOD_NAMES = {1: "shrink", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd"}
@@ -205,17 +207,33 @@ class Archive:
         """Many parts of stored records at once; `jobs` are rows of backend.Job, one after the other."""
         source, rows = self.source, array("q", jobs).tobytes()
         try:
-            self.backend.read_records(source.handle, source.stamp, self.block, self.entries, rows, buffers, threads)
+            with self._ahead(zip(*(jobs[field::JOB_FIELDS] for field in (Job.RECORD, Job.START, Job.NBYTES)))):
+                self.backend.read_records(source.handle, source.stamp, self.block, self.entries, rows, buffers, threads)
         except ZipSlicerError as error:
             raise self.located(error, jobs[Job.RECORD :: JOB_FIELDS]) from None
+
+    def _ahead(self, wanted: Iterable[tuple[int, int, int]]) -> contextlib.AbstractContextManager[None]:
+        """Around reads of (record, start, nbytes): tells a source that wants to know of them where they are."""
+        source = self.source
+        return NOTHING if source.ahead is None else source.ahead(self._extents(wanted))
+
+    def _extents(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+        for record, start, nbytes in wanted:
+            payload = self.field(record, Entry.PAYLOAD_OFFSET)
+            if payload < 0:  # the header will be read, too
+                header, payload = self.field(record, Entry.HEADER_OFFSET), ~payload
+                yield header, payload - header
+            yield payload + start, nbytes
 
     def read_runs(self, record: int, start: int, nbytes: int, dims: list[int], buffer: Buffer, threads: int) -> None:
         """Runs of a stored record; see backend.Backend.read_runs."""
         source = self.source
+        runs = ((record, at, nbytes) for at in _starts(start, dims))
         try:
-            self.backend.read_runs(
-                source.handle, source.stamp, self.block, self.entries, record, start, nbytes, dims, buffer, threads
-            )
+            with self._ahead(runs):
+                self.backend.read_runs(
+                    source.handle, source.stamp, self.block, self.entries, record, start, nbytes, dims, buffer, threads
+                )
         except ZipSlicerError as error:
             raise error.located(path=source.path, record=self.name(record)) from None
 
@@ -230,6 +248,14 @@ class Archive:
 
     def close(self) -> None:
         self.source.close()
+
+
+def _starts(start: int, dims: Sequence[int]) -> Iterator[int]:
+    """Where runs begin: a start, and (count, stride) of each dimension they lie in."""
+    steps = (
+        range(0, count * stride, stride) if stride else [0] * count for count, stride in zip(dims[::2], dims[1::2])
+    )
+    return (start + sum(place) for place in itertools.product(*steps))
 
 
 def window_of(source: ByteSource, window: tuple[int, int] | None) -> tuple[int, int]:

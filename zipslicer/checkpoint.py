@@ -139,12 +139,14 @@ def open(
     record: str = "data.pkl",
     check: bool = True,
     verify: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
 
     Args:
-        source: a path; bytes, a bytearray, memoryview or mmap; a binary file object, which is read from its position on;
-            a folder, or an index of shards (*.json). What is a gzip stream is unpacked to a temporary file first, and a
+        source: a path; a URL ("s3://bucket/model.pth", "https://...", whatever fsspec knows); bytes, a bytearray, memoryview
+            or mmap; a binary file object, which is read from its position on; a folder, or an index of shards (*.json).
+            What is a gzip stream is unpacked to a temporary file first, and a
             safetensors file is opened through the package of that name.
         map_location: where tensors go: a device, a dict from the file's device names to devices, or a callable
             (storage, device name) -> storage or None, as torch.load has it. None is the CPU, whatever the file names.
@@ -171,6 +173,7 @@ def open(
         check: of shards: open all files at once and compare their keys with the index. False opens each when it is touched.
         verify: read the file once, whole, before it is returned, and compare all records with their checksums: see
             Checkpoint.verify.
+        storage_options: of a URL, as fsspec has them for its protocol: keys, endpoints, headers.
 
     Raises:
         OSError: the system cannot open or read it.
@@ -178,7 +181,7 @@ def open(
     """
     if unknown not in ("placeholder", "error"):
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
-    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework, mmap, direct)
+    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework, mmap, direct, storage_options)
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     checkpoint = _opened(source, options, terms, check)
     if verify:
@@ -209,6 +212,7 @@ def load(
     record: str = "data.pkl",
     check: bool = True,
     verify: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
 
@@ -235,6 +239,7 @@ def load(
         record=record,
         check=check,
         verify=verify,
+        storage_options=storage_options,
     ).root
 
 
@@ -277,7 +282,7 @@ def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:
 
 
 def _source(source: Any, options: ReadOptions, limits: Limits | None = None) -> ByteSource:
-    opened = open_source(source, limits)
+    opened = open_source(source, limits, options.storage_options)
     if options.mmap and not isinstance(opened, OpenFile):
         opened.close()
         raise ValueError("mmap=True maps a file on disk: bytes, and objects that are none, are read without it")
@@ -288,7 +293,7 @@ def _source(source: Any, options: ReadOptions, limits: Limits | None = None) -> 
 
 def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> View:
     """The files of an index."""
-    index = read_index(path, _BACKEND, terms.limits)
+    index = read_index(path, _BACKEND, terms.limits, options.storage_options)
     view = ShardedView(index, functools.partial(_file, options, terms), options.framework)
     try:
         if check:
@@ -330,8 +335,8 @@ def _one(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
 def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
     source = table.archive.source
     again = None
-    if source.path is not None:
-        again = (_reopen, (source.path, options, terms))
+    if source.origin is not None:
+        again = (_reopen, (source.origin, options, terms))
     return View(table, options, again)
 
 
@@ -363,13 +368,13 @@ def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = No
     return TensorTable(program, archive, swapped, record.removesuffix(".pkl"))
 
 
-def _reopen(path: str, options: ReadOptions, terms: _Terms, fingerprint: int) -> View:
+def _reopen(origin: str, options: ReadOptions, terms: _Terms, fingerprint: int) -> View:
     """Unpickle: the same program of the same file at the same path, known by its directory."""
-    source = _source(path, options)
+    source = _source(origin, options)
     try:
         view = _one(source, options, terms)
         if view.table.archive.fingerprint() != fingerprint:
-            raise ChangedError("the file at this path is not the one that was pickled", path=path)
+            raise ChangedError("the file at this path is not the one that was pickled", path=source.path)
         return view
     except BaseException:
         source.close()

@@ -48,9 +48,7 @@ class ArrayReader(RowReader):
     # ---------------------------------------------------------------- one array
     def tensor(self, number: int) -> Any:
         """A dense row as an array of its own, as options want it."""
-        found = (
-            self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain and not self._is_mapped else None
-        )
+        found = self._archive.backend.read_tensor(self._hot, ~number) if self._is_plain and self._is_at_hand else None
         return self._tensor_otherwise(number) if found is None else self._received(found)
 
     def _received(self, found: Any) -> Any:

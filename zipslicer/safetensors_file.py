@@ -6,6 +6,7 @@ their own, in parallel, by slices.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -48,26 +49,25 @@ class SafetensorsArchive(Archive):
     Raises:
         ImportError: the safetensors package is not installed.
         ArchiveError: the package refuses the file.
-        UnsupportedError: it was not opened by a path, which is what the package takes; or a dtype torch does not have.
+        UnsupportedError: a dtype torch does not have.
     """
 
     has_checksums = False
 
     def __init__(self, source: ByteSource, backend: Backend, limits: Limits) -> None:
         self.source, self.backend, self.limits, self.window = source, backend, limits, None
-        self.base, self.nbytes, self.root = 0, source.size, b""
-        if not _is_at_its_path(source):
-            raise UnsupportedError("a safetensors file is opened by its path, as the safetensors package has it")
-        header_nbytes = LENGTH.size + LENGTH.unpack(read_at(backend, source, 0, LENGTH.size))[0]
+        self.base, self.nbytes, self.root = source.start, source.size - source.start, b""
+        header_nbytes = LENGTH.size + LENGTH.unpack(read_at(backend, source, self.base, LENGTH.size))[0]
         if header_nbytes > limits.directory_nbytes:
             raise ArchiveError(
                 f"the header has {header_nbytes} bytes; Limits(directory_nbytes=...) raises the limit", path=source.path
             )
-        self.metadata, facts = _read_header(source)
+        header = read_at(backend, source, self.base, header_nbytes)
+        self.metadata, facts = _read_header(header, source)
         self.count = len(facts)
         self.tensors: list[tuple[str, int, int, list[int]]] = []
         self.entries = bytearray()
-        names, name_start, offset = [], 0, header_nbytes
+        names, name_start, offset = [], 0, self.base + header_nbytes
         for name, code, shape in facts:
             dtype = CODES.get(code)
             if dtype is None or (code in PACKED and (not shape or shape[-1] % PACKED[code])):
@@ -95,7 +95,7 @@ class SafetensorsArchive(Archive):
         if offset != source.size:
             raise ChangedError("the header names other bytes than the file has", offset=offset, path=source.path)
         # What pickling compares: the header is in it.
-        self.block = b"".join(names) + read_at(backend, source, 0, header_nbytes)
+        self.block = b"".join(names) + header
         self._columns = memoryview(self.entries).cast("q")
         self._numbers = {name: number for number, name in enumerate(names)}
 
@@ -105,33 +105,48 @@ class SafetensorsArchive(Archive):
         return [self._numbers.get(names[start:end], -1) for start, end in zip([0, *ends], ends)]
 
 
-def _read_header(source: ByteSource) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:
-    """Metadata, and (name, dtype, shape) of each tensor in the order of their bytes, which follow without a gap."""
+def _read_header(header: bytes, source: ByteSource) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:
+    """Metadata, and (name, dtype, shape) of each tensor in the order of their bytes, which follow without a gap.
+
+    The package takes a path. Where the bytes that are read here have none, it gets a file with this header and, in the
+    place of the tensors, a hole as large as they are.
+    """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(
             f"{source.path} is a safetensors file, and the safetensors package is not there: pip install safetensors"
         ) from error
-    assert source.path is not None
     # The package imports the framework it is told; of the two, NumPy is the light one.
     framework = "np" if importlib.util.find_spec("numpy") else "pt"
-    try:
-        with safe_open(source.path, framework=framework) as file:
-            metadata = file.metadata() or {}
-            parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
-            facts = [(name, part.get_dtype(), list(part.get_shape())) for name, part in parts]
-    except SafetensorError as error:
-        raise ArchiveError(f"no safetensors file: {error}", path=source.path) from None
+    is_at_its_path = _is_at_its_path(source)
+    with contextlib.ExitStack() as stack:
+        if is_at_its_path:
+            path = str(source.path)
+        else:
+            import tempfile
+
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zipslicer-"))
+            path = os.path.join(folder, "header.safetensors")
+            with open(path, "wb") as hollow:
+                hollow.write(header)
+                hollow.truncate(source.size - source.start)
+        try:
+            with safe_open(path, framework=framework) as file:
+                metadata = file.metadata() or {}
+                parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
+                facts = [(name, part.get_dtype(), list(part.get_shape())) for name, part in parts]
+        except SafetensorError as error:
+            raise ArchiveError(f"no safetensors file: {error}", path=source.path) from None
     # The package opens the path a second time: it must have seen the file that is read here.
-    if not _is_at_its_path(source):
+    if is_at_its_path and not _is_at_its_path(source):
         raise ChangedError("the file was changed after it was opened", path=source.path)
     return metadata, facts
 
 
 def _is_at_its_path(source: ByteSource) -> bool:
-    """Whether who opens the path gets the bytes of the source: no file object, no bytes, nothing unpacked."""
-    if source.path is None:
+    """Whether who opens the path gets the bytes of the source: no file object, no bytes, nothing unpacked or remote."""
+    if source.path is None or not source.stamp:
         return False
     now = os.stat(source.path)
     return source.stamp == array("q", (now.st_size, now.st_mtime_ns, now.st_ino)).tobytes()

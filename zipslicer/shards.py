@@ -19,7 +19,7 @@ from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import Limits
-from .source import LocalFile, read_at
+from .source import is_url, open_source, read_at, without_secrets
 from .state_dict import OVERLAID, LazyStateDict, View
 
 __all__ = ["INDEX_NBYTES", "Index", "NoTensors", "ShardedView", "locate", "parse_json", "read_index"]
@@ -54,7 +54,14 @@ class Index:
         return sorted(set(self.keys.values()))
 
     def path_of(self, file: str) -> str:
+        if is_url(self.path):
+            return f"{self.path.rpartition('/')[0]}/{file}"
         return os.path.join(os.path.dirname(self.path), file)
+
+    @property
+    def shown(self) -> str:
+        """The path for people."""
+        return without_secrets(self.path)
 
 
 def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
@@ -100,19 +107,19 @@ def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
     return os.path.join(path, candidates[0]), False
 
 
-def read_index(path: str, backend: Backend, limits: Limits) -> Index:
+def read_index(path: str, backend: Backend, limits: Limits, storage_options: Mapping[str, Any] | None = None) -> Index:
     """An index file: {"metadata": {...}, "weight_map": {key: file}}, or the bare map.
 
     Raises: OSError; ArchiveError where it is no such thing, or names a file outside its folder.
     """
     try:
-        return _parse(path, _read(path, backend, limits))
+        return _parse(path, _read(path, backend, limits, storage_options))
     except ZipSlicerError as error:
-        raise error.located(path=path) from None
+        raise error.located(path=without_secrets(path)) from None
 
 
-def _read(path: str, backend: Backend, limits: Limits) -> bytes:
-    source = LocalFile(path)
+def _read(path: str, backend: Backend, limits: Limits, storage_options: Mapping[str, Any] | None) -> bytes:
+    source = open_source(path, limits, storage_options)
     try:
         limit = min(INDEX_NBYTES, limits.directory_nbytes)
         if source.size > limit:
@@ -221,7 +228,9 @@ class ShardedView(View):
     def __getattr__(self, name: str) -> Any:
         """What only the view of one file has: some side doors ask for it, and should say what they cannot do."""
         if name in OF_ONE_FILE:
-            raise UnsupportedError("this takes one file, and there are several; open one of them", path=self.index.path)
+            raise UnsupportedError(
+                "this takes one file, and there are several; open one of them", path=self.index.shown
+            )
         raise AttributeError(name)
 
     # ---------------------------------------------------------------- the files
@@ -239,10 +248,13 @@ class ShardedView(View):
         try:
             view = self._open_file(path)
         except FileNotFoundError:
-            raise ArchiveError(f"a file is missing that the index {self.index.path!r} names", path=path) from None
+            missing = f"a file is missing that the index {self.index.shown!r} names"
+            raise ArchiveError(missing, path=without_secrets(path)) from None
         try:
             if not _has_mapping(view):
-                raise ArchiveError("a shard of a checkpoint must have a mapping at its root", path=path)
+                raise ArchiveError(
+                    "a shard of a checkpoint must have a mapping at its root", path=without_secrets(path)
+                )
             made = Shard(view, LazyStateDict._of(view, 0)._slots)
         except BaseException:
             view.close()
@@ -256,11 +268,14 @@ class ShardedView(View):
 
     def check(self, threads: int) -> None:
         """Open all files and compare their keys with those of the index. Raises: ArchiveError."""
-        missing = [file for file in self._files if not os.path.exists(self.index.path_of(file))]
+        paths = {file: self.index.path_of(file) for file in self._files}
+        missing = [
+            file for file, path in paths.items() if not (is_url(path) or os.path.exists(path))
+        ]  # URLs are opened
         if missing:
             raise ArchiveError(
                 f"{len(missing)} of the {len(self._files)} files that the index names are missing: {_some(missing)}",
-                path=self.index.path,
+                path=self.index.shown,
             )
         from concurrent.futures import ThreadPoolExecutor
 
@@ -275,7 +290,7 @@ class ShardedView(View):
             if lacks:
                 raise ArchiveError(
                     f"the index puts {len(lacks)} keys into this file that it has not: {_some(sorted(lacks))}",
-                    path=self.index.path_of(file),
+                    path=without_secrets(self.index.path_of(file)),
                     key=min(lacks),
                 )
             more = [key for key in has if key not in wanted[file]]
@@ -283,7 +298,7 @@ class ShardedView(View):
                 raise ArchiveError(
                     f"this file has {len(more)} keys that the index does not give to it: {_some(more)}; "
                     "check=False leaves them out",
-                    path=self.index.path_of(file),
+                    path=without_secrets(self.index.path_of(file)),
                     key=more[0],
                 )
 
@@ -294,7 +309,9 @@ class ShardedView(View):
             place = shard.slots.get(key)
             if place is None:
                 raise ArchiveError(
-                    "the index puts this key into a file that lacks it", path=self.index.path_of(file), key=key
+                    "the index puts this key into a file that lacks it",
+                    path=without_secrets(self.index.path_of(file)),
+                    key=key,
                 )
         return shard.view, place
 
@@ -312,7 +329,7 @@ class ShardedView(View):
     # ---------------------------------------------------------------- what the containers ask
     @property
     def path(self) -> str | None:
-        return self.index.path
+        return self.index.shown
 
     @property
     def identity(self) -> object:

@@ -7,33 +7,50 @@ children share one. What can only be read from front to back is first copied to 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import mmap
 import os
+import re
 import stat
 import sys
 import threading
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Union
 
 from .backend import Backend, Handle, Text
 from .errors import ArchiveError, ChangedError, ZipSlicerError
 from .policy import Limits
 
-__all__ = ["HEAD_NBYTES", "ByteSource", "LocalFile", "head_at", "open_source", "read_at", "text_at"]
+__all__ = [
+    "HEAD_NBYTES",
+    "ByteSource",
+    "LocalFile",
+    "head_at",
+    "is_url",
+    "open_source",
+    "read_at",
+    "text_at",
+    "without_secrets",
+]
 
 Pathish = Union[str, "os.PathLike[str]"]
 
+Ahead = Callable[[Iterable[tuple[int, int]]], contextlib.AbstractContextManager[None]]
+
 GZIP = b"\x1f\x8b"
+FEW = 1 << 18  # bytes that a source is not told of before they are read: what follows them will be wanted, too
 HEAD_NBYTES = 512  # a block of tar
 CHUNK = 1 << 16  # bytes that are copied at a time; as gzip they become 66 MB at most
 # They can seek, by decompressing from the start again.
 FRONT_TO_BACK = {"gzip.GzipFile", "bz2.BZ2File", "lzma.LZMAFile", "zipfile.ZipExtFile"}
 NORESERVE = 0x4000 if sys.platform == "linux" else 0
 CLOSED = "what the checkpoint was opened from is closed"
+CLOSED_CHECKPOINT = "the checkpoint is closed"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+::.*|[A-Za-z][A-Za-z0-9+.-]+://.*", re.DOTALL)
 
 
 class ByteSource(Protocol):
@@ -43,9 +60,15 @@ class ByteSource(Protocol):
     start: int  # where an archive begins for whom no window is given: the position of a file object
     head: bytes  # HEAD_NBYTES from there on, or what there is, of which formats are told; empty if nobody has looked
     stamp: bytes  # size, mtime in ns and inode as native int64, which the backend compares after each read; or b""
-    path: str | None  # to say where, and to open again after pickling
+    path: str | None  # to say where
+    origin: str | None  # to open it again, after pickling
 
     handle: Handle
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """Around reads, told of the (offset, nbytes) of each; None where waiting for them in turn is as good."""
+        ...
 
     def close(self) -> None: ...
 
@@ -54,7 +77,7 @@ class Closed:
     """The handle of a source after close()."""
 
     def preadv(self, _buffers: Sequence[Any], _offset: int, /) -> int:
-        raise ValueError("the checkpoint is closed")
+        raise ValueError(CLOSED_CHECKPOINT)
 
 
 class OpenFile:
@@ -63,8 +86,11 @@ class OpenFile:
     Raises: OSError: for what is no regular file: a FIFO would hang, a device would never end.
     """
 
+    ahead: None = None
+
     def __init__(self, fd: int, path: str | None = None, start: int = 0) -> None:
         self._fd = fd
+        self.origin: str | None = path
         self._direct_fd = -1
         self._mapped: memoryview | None = None
         self.path: str | None = path
@@ -169,6 +195,8 @@ class Memory:
     stamp = b""
     head = b""
     path: str | None = None
+    origin: str | None = None
+    ahead: None = None
     start = 0
 
     def __init__(self, content: Any) -> None:
@@ -203,6 +231,8 @@ class FileObject:
     stamp = b""
     head = b""
     path: str | None = None
+    origin: str | None = None
+    ahead: None = None
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -245,8 +275,20 @@ def _seek(file: Any, offset: int, whence: int) -> int:
     return int(file.tell() if place is None else place)
 
 
-def open_source(source: Any, limits: Limits | None = None) -> ByteSource:
-    """A path, bytes (also a bytearray, memoryview or mmap) or a binary file object -> a ByteSource.
+def is_url(path: Any) -> bool:
+    """Whether a path names something behind a protocol: "s3://bucket/key". No path of a file does, on any system."""
+    return isinstance(path, str) and URL.fullmatch(path) is not None
+
+
+def without_secrets(url: str) -> str:
+    """A URL for people: without user and password, and without a query, in which signatures stand."""
+    return re.sub(r"(://)[^/@]*@", r"\1", url).partition("?")[0] if is_url(url) else url
+
+
+def open_source(
+    source: Any, limits: Limits | None = None, storage_options: Mapping[str, Any] | None = None
+) -> ByteSource:
+    """A path, a URL, bytes (also a bytearray, memoryview or mmap) or a binary file object -> a ByteSource.
 
     A file object is read from its position on. One that cannot seek, and whatever begins as a gzip stream, is copied to
     a temporary file, which is gone when the source is closed.
@@ -256,8 +298,14 @@ def open_source(source: Any, limits: Limits | None = None) -> ByteSource:
         TypeError: it is none of these.
         ArchiveError: it is a gzip stream, and damaged, or grows beyond `limits`.
     """
-    if isinstance(source, (str, os.PathLike)):
-        opened: ByteSource = LocalFile(source)
+    if is_url(source):
+        from .remote import RemoteFile  # the one import upwards: it brings libraries that files do without
+
+        opened: ByteSource = RemoteFile(source, storage_options)
+    elif storage_options:
+        raise ValueError("storage_options= are of a URL")
+    elif isinstance(source, (str, os.PathLike)):
+        opened = LocalFile(source)
     elif isinstance(source, (bytes, bytearray, memoryview, mmap.mmap)):
         opened = Memory(source)
     elif hasattr(source, "read"):
@@ -268,10 +316,11 @@ def open_source(source: Any, limits: Limits | None = None) -> ByteSource:
         )
     try:
         made = opened
-        if opened.size > opened.start:
+        if opened.size > opened.start and not opened.head:
             made.head = b"".join(_chunks(opened, min(HEAD_NBYTES, opened.size - opened.start)))
         if made.head.startswith(GZIP):
             made = _spooled(_gunzipped(_chunks(opened), limits or Limits()), opened.path)
+            made.origin = opened.origin
             made.head = b"".join(_chunks(made, min(HEAD_NBYTES, made.size)))
     except BaseException as error:
         opened.close()
@@ -416,6 +465,9 @@ def text_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> T
     """The same for the parsers, which take many as the backend has read them."""
     if offset < 0 or offset + nbytes > source.size:
         raise ChangedError("the file ends before the bytes that are wanted of it", offset=source.size, path=source.path)
+    if source.ahead is not None and nbytes > FEW:
+        with source.ahead([(offset, nbytes)]):
+            return backend.read_bytes(source.handle, offset, nbytes)
     return backend.read_bytes(source.handle, offset, nbytes)
 
 

@@ -47,6 +47,7 @@ class ReadOptions:
     framework: str = "pt"
     mmap: bool = False
     direct: bool = False
+    storage_options: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)  # credentials, maybe
 
     def __post_init__(self) -> None:
         # What can be told without torch is told at once, not at the first touch.
@@ -138,6 +139,8 @@ class RowReader(abc.ABC):
         self._archive = table.archive
         self.allocate: Allocate = table.archive.backend.allocate
         self._is_mapped, self._is_direct = options.mmap, options.direct
+        # Small reads one by one, as files are read; a source that wants to be told of them first is.
+        self._is_at_hand = not options.mmap and table.archive.source.ahead is None
         self._is_plain = False  # no device, no cast, no cache: bytes become tensors as they are
         self._hot: Hot
         # read_tensor, and what it is to be called with; None where not each tensor can be read so.
@@ -259,7 +262,7 @@ class RowReader(abc.ABC):
         """A first touch, which finds the records of all storages; or a row that is not for the hot path."""
         table, row = self.table, self.table.row(number)
         storage = row.storage
-        found_now = self._is_plain and not self._is_mapped and table.direct[storage] < 0 and row.extent > 0
+        found_now = self._is_plain and self._is_at_hand and table.direct[storage] < 0 and row.extent > 0
         if found_now and table.record(storage) == table.direct[storage] and not row.flags:
             return self.tensor(number) if row.extent * row.itemsize < SMALL_TO else self._tensor_slowly(number)
         return self._tensor_slowly(number)
@@ -304,7 +307,7 @@ class RowReader(abc.ABC):
         `whole`: only those that have a storage to themselves. REQUIRES: _is_plain.
         """
         archive = self._archive
-        if self._is_mapped:
+        if not self._is_at_hand:
             return [None] * len(numbers)
         self.table.find_records()
         try:
@@ -474,7 +477,7 @@ class TensorReader(RowReader):
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
         self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
         self._hot = self._hot_with(maker, torch.is_inference_mode_enabled)
-        if self._is_plain and not options.mmap:
+        if self._is_plain and self._is_at_hand:
             self.fast = table.archive.backend.read_tensor, self._hot
 
     # ---------------------------------------------------------------- one tensor
