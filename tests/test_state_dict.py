@@ -16,6 +16,7 @@ from makers import Pickle
 
 import zipslicer
 from zipslicer.errors import ArchiveError, ChangedError, TableError
+from zipslicer.program import Builder
 
 torch = pytest.importorskip("torch")
 
@@ -810,3 +811,30 @@ def test_too_short_a_storage_is_an_error_of_its_key() -> None:
     with pytest.raises(TableError) as caught:
         sd["w"]
     assert caught.value.key == "w"
+
+
+def test_a_nest_of_placeholders_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each level of it is held, and holds all below: what is built to compare them with is built once."""
+    depth = 200
+    nest = Pickle()
+    for _ in range(depth):
+        nest.call("pkg", "Stranger")
+    nest.none()
+    nest.raw(b"b" * depth)  # BUILD: each is the state of the one before
+    made_of = makers.checkpoint(nest.stop()).data
+    made: list[int] = []
+    describe = Builder.describe
+    with zipslicer.open(made_of) as opened:
+        value = opened.root
+        for _ in range(depth):
+            assert isinstance(value, zipslicer.Placeholder)
+            value = zipslicer.describe(value).state
+        assert len(opened.placeholders) == depth
+
+        def counted(self: Any, node: int, *rest: Any) -> None:
+            made.append(node)
+            describe(self, node, *rest)
+
+        monkeypatch.setattr(Builder, "describe", counted)
+        assert opened._view.changed() == {}
+    assert len(made) <= depth

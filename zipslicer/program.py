@@ -264,12 +264,6 @@ class Program:
         """
         return Builder(self, leaf, special).build(root)
 
-    def build_node(self, node: int, leaf: Leaf, special: Special) -> Any:
-        """The same for a node."""
-        builder = Builder(self, leaf, special)
-        builder.build_node(node)
-        return builder.objects[node]
-
     def allowed(self, node: int) -> Any:
         """The user's own class for the callable of a CALL or OBJECT, or MISSING."""
         start, _ = self.span(node)

@@ -267,11 +267,14 @@ class View:
         """
         below = self.program.with_tensors()
         found: dict[int, Any] = {}
+        # One builder, and one set of what was compared: else a nest of n costs n * n, since each level of it may be held.
+        fresh = Builder(self.program, _no_tensor, self.special)
+        alike: set[tuple[int, int]] = set()
         for node, value in list(self.held.items()):
             is_plain = isinstance(value, PLAIN) or type(value).__module__ == "numpy" or _parts_of(value)
             if is_plain and not below[node]:
-                fresh = self.program.build_node(node, _no_tensor, self.special)
-                if not _is_same(value, fresh):
+                fresh.build_node(node)
+                if not _is_same(value, fresh.objects[node], alike):
                     found[node] = value
         return found
 
@@ -1289,18 +1292,23 @@ def _parts_of(value: Any) -> tuple[Any, ...]:
     return (about.args, about.kwargs, about.state, about.list_items, about.items) if type(about) is Description else ()
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values that the same part of a file has made are still alike."""
+def _is_same(one: Any, other: Any, alike: set[tuple[int, int]]) -> bool:
+    """Whether two values that the same part of a file has made are still alike.
+
+    `alike`: the ids of pairs that are known to be, to which those of a comparison that found nothing are added. They must
+    live on for as long as it is used.
+    """
     todo = [(one, other)]
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     while todo:
         a, b = todo.pop()
-        if a is b or id(a) in seen:
+        pair = id(a), id(b)
+        if a is b or pair in seen or pair in alike:
             continue
         if type(a) is not type(b):
             return False
         if isinstance(a, (dict, list, tuple)):
-            seen.add(id(a))
+            seen.add(pair)
             if len(a) != len(b):
                 return False
             todo += zip(a, b)
@@ -1313,10 +1321,11 @@ def _is_same(one: Any, other: Any) -> bool:
             if len(a) != len(b) or {k for k in a if not isinstance(k, Placeholder)} - b:
                 return False
         elif type(a) is Placeholder:
-            seen.add(id(a))
+            seen.add(pair)
             todo += zip(_parts_of(a), _parts_of(b))
         elif a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
             return False
+    alike |= seen
     return True
 
 

@@ -418,13 +418,13 @@ def many_small_things() -> Iterator[Attack]:
     """Megabytes of one-byte opcodes: memory in proportion to the file, and not 100 times of it."""
     for name, body in (
         ("None", b"(" + b"N" * 1_000_000 + b"l"),
-        ("lists", b"(" + b"]" * 300_000 + b"l"),
-        ("dicts", b"(" + b"}" * 300_000 + b"l"),
-        ("tuples", b"(" + b"N\x85" * 300_000 + b"l"),
+        ("lists", b"(" + b"]" * 100_000 + b"l"),
+        ("dicts", b"(" + b"}" * 100_000 + b"l"),
+        ("tuples", b"(" + b"N\x85" * 100_000 + b"l"),
         ("copies", b"N" + b"2" * 1_000_000 + b"0" * 1_000_000),
         ("pops", b"N0" * 500_000 + b"N"),
         ("marks", b"(1" * 500_000 + b"N"),
-        ("calls", b"cos\nmkdir\nq\x000(" + b"h\0)R" * 100_000 + b"l"),
+        ("calls", b"cos\nmkdir\nq\x000(" + b"h\0)R" * 30_000 + b"l"),
     ):
         yield attack(name, checkpoint(b"\x80\2" + body + b"."), INERT)
 
