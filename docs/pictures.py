@@ -92,7 +92,7 @@ def terminal(name: str, commands: list[str]) -> list[str]:
                 time.sleep(0.1)
             marker.unlink()
         time.sleep(0.3)
-        shown = tmux("capture-pane", "-p", "-S", "-").splitlines()
+        shown = tmux("capture-pane", "-pJ", "-S", "-").splitlines()  # J: a line that was too long is one
     finally:
         tmux("kill-server")
     lines = [line.rstrip() for line in shown if "touch done-" not in line]
