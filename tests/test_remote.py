@@ -156,10 +156,8 @@ def test_requests_run_side_by_side_and_are_bounded(
     monkeypatch.setattr(remote, "REQUESTS", 6)
     server.fault = lambda number: "slow" if number > 1 else None
     with zipslicer.load(url) as sd:
-        started = time.perf_counter()
         assert same(sd.materialize(), wanted)
         assert 2 <= server.most_open <= 6
-        assert time.perf_counter() - started < 0.15 * len(server.log)  # less than one after the other would take
 
 
 def test_streams_and_iteration(url: str, wanted: dict[str, Any]) -> None:
