@@ -222,6 +222,11 @@ def test_shards(server: Server, tmp_path: Path, wanted: dict[str, Any]) -> None:
         assert set(sd) == set(wanted)
         again = pickle.loads(pickle.dumps(sd))
         assert torch.equal(again["layer3.bias"], wanted["layer3.bias"])
+    server.objects["/s/odd.index.json"] = b'{"weight_map": {"w": "%2e%2e/secret.pth?x"}}'
+    server.log.clear()
+    with pytest.raises(ArchiveError, match="missing"):
+        zipslicer.load(f"{server.url}/s/odd.index.json")
+    assert server.log[-1].path == "/s/%252e%252e/secret.pth%3Fx"
     del server.objects[f"/s/{Path(files[1]).name}"]
     with pytest.raises(ArchiveError, match="a file is missing that the index"):
         zipslicer.load(index)

@@ -216,7 +216,7 @@ class RemoteFile:
         return self._insist(lambda: _whole(self._store.get(start, end, self._facts), end - start))
 
     def _begin_again(self) -> None:
-        """In a forked child, which has no loop, no runtime and no connection of its parent's. fsspec can be begun anew."""
+        """In a forked child, which has no loop, no runtime and no connection of its parent's. Fsspec can be begun anew."""
         with self._again:
             if self._process != os.getpid():
                 self._store, (facts, _, _) = self._begin(_makers(self._url, self._options)[-1:])
@@ -239,7 +239,7 @@ class RemoteFile:
                 raise
             except Exception as failed:
                 error = _final(failed, self.path)
-                if isinstance(failed, (TypeError, ValueError)) and not isinstance(failed, UnicodeError):
+                if isinstance(failed, (TypeError, ValueError)) and not hasattr(self, "size"):  # it never worked yet
                     error = ValueError(f"the URL or its storage_options are not right: {self._cleaned(failed)}")
                 if not isinstance(error, _AgainError):
                     break
@@ -496,8 +496,10 @@ class Http:
                 raise RefusedError(UnsupportedError("the server sends whole files only, no ranges: download it"))
             text = await answer.read()
             headers = answer.headers
-            size = int(headers["Content-Range"].rpartition("/")[2])
-            now = Facts(size, headers.get("ETag") or headers.get("Last-Modified", ""))
+            size = headers["Content-Range"].rpartition("/")[2]
+            if not size.isdecimal():
+                raise RefusedError(UnsupportedError("the server does not say how large the object is"))
+            now = Facts(int(size), headers.get("ETag") or headers.get("Last-Modified", ""))
         if facts is not None and now != facts:
             raise RefusedError(ChangedError("the object was changed after it was opened"))
         return now, text

@@ -55,7 +55,11 @@ class Index:
 
     def path_of(self, file: str) -> str:
         if is_url(self.path):
-            return f"{self.path.rpartition('/')[0]}/{file}"
+            from urllib.parse import quote
+
+            # Where "%2e%2e" would be "..", and what follows a "?" another question.
+            name = quote(file) if self.path.lower().startswith("http") else file
+            return f"{self.path.rpartition('/')[0]}/{name}"
         return os.path.join(os.path.dirname(self.path), file)
 
     @property
