@@ -39,7 +39,7 @@ TRIES = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between them: doubled each time, and a random part of that
 TIMEOUT = 60.0  # seconds for a request, of which there are TRIES
 
-BY_OBSTORE = ("s3", "s3a", "gs", "gcs", "http", "https")
+BY_OBSTORE = ("s3", "s3a", "gs", "http", "https")
 # What fsspec's names of options are called by obstore; with others, fsspec is asked.
 S3_OPTIONS = {
     "key": "access_key_id", "secret": "secret_access_key", "token": "session_token", "endpoint_url": "endpoint",
@@ -118,14 +118,14 @@ class RemoteFile:
 
     def _begin(self, makers: Iterable[Maker]) -> tuple[Store, tuple[Facts, Bytes, Bytes]]:
         """The first store that opens it. What obstore cannot, for want of credentials that others find, fsspec may."""
-        refused: OSError | None = None
+        refused: Exception | None = None
         for make in makers:
             try:
                 store: Store = self._insist(functools.partial(make, self._url, self._options))
                 return store, self._insist(store.begin)
             except (FileNotFoundError, IsADirectoryError):  # noqa: PERF203
                 raise
-            except OSError as error:
+            except (OSError, ValueError, UnsupportedError) as error:
                 refused = refused or error
             except ImportError as error:
                 lacking = error
