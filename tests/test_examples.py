@@ -24,3 +24,14 @@ def test_larger_than_memory(tmp_path: Path) -> None:
         "streamed",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited.ckpt", "model.ckpt", "model.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_workers() -> None:
+    example = EXAMPLE.with_name("workers.py")
+    command = [sys.executable, str(example), "--rows", "3000"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
+    said = done.stdout.splitlines()
+    assert int(said[0].rpartition(" ")[2].replace(",", "")) < 2000
+    assert said[1:3] == ["DataLoader, 2 workers by fork: right", "DataLoader, 2 workers by spawn: right"]
+    assert said[3] in ("Ray: right", "Ray is not installed")
