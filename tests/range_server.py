@@ -30,6 +30,7 @@ class Server:
 
     Attributes:
         objects: bytes of each path; may be changed at any time.
+        most_open: answers that were being made at a time; one that a client has already may be among them.
         log: every answer; `clear()` it before what is to be counted.
         fault: given the number of a request, what is wrong with the answer to it: None, "503", "reset" (no answer), "cut"
             (half of the body), "slow", or a status.

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import zlib
@@ -155,9 +156,23 @@ def test_requests_run_side_by_side_and_are_bounded(
     monkeypatch.setattr(remote, "PART", 256 << 10)
     monkeypatch.setattr(remote, "REQUESTS", 6)
     server.fault = lambda number: "slow" if number > 1 else None
+    fetch, lock, counts = RemoteFile._fetch, threading.Lock(), [0, 0]
+
+    def counted(self: RemoteFile, start: int, end: int) -> Any:
+        with lock:
+            counts[0] += 1
+            counts[1] = max(counts)
+        try:
+            return fetch(self, start, end)
+        finally:
+            with lock:
+                counts[0] -= 1
+
+    monkeypatch.setattr(RemoteFile, "_fetch", counted)
     with zipslicer.load(url) as sd:
         assert same(sd.materialize(), wanted)
-        assert 2 <= server.most_open <= 6
+    assert 2 <= counts[1] <= 6
+    assert server.most_open >= 2
 
 
 def test_streams_and_iteration(url: str, wanted: dict[str, Any]) -> None:
@@ -245,6 +260,41 @@ def test_any_file_system_of_fsspec(content: bytes, wanted: dict[str, Any]) -> No
     memory.rm("/zipslicer", recursive=True)
     with pytest.raises(FileNotFoundError):
         zipslicer.load("memory://zipslicer/model.pth")
+
+
+def test_a_cache(
+    server: Server, url: str, tmp_path: Path, wanted: dict[str, Any], content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PART", 1 << 20)
+    folder = tmp_path / "cache"
+    with zipslicer.load(url, cache_dir=folder) as sd:
+        assert torch.equal(sd["layer7.weight"], wanted["layer7.weight"])
+        server.log.clear()
+        assert torch.equal(sd.get_slice("layer7.weight")[3:150], wanted["layer7.weight"][3:150])
+        assert server.log == []
+        assert same(sd.materialize(), wanted)
+    server.log.clear()
+    with zipslicer.load(url, cache_dir=folder) as sd:
+        assert len(server.log) == 2
+        assert same(sd.materialize(), wanted)
+        assert torch.equal(pickle.loads(pickle.dumps(sd))["layer5.bias"], wanted["layer5.bias"])
+        assert len(server.log) == 4
+    (one,) = folder.iterdir()
+    parts = sorted(one.iterdir(), key=lambda part: int(part.name))
+    assert b"".join(part.read_bytes() for part in parts)[: 1 << 20] == content[: 1 << 20]
+    parts[7].write_bytes(b"cut short")
+    parts[8].unlink()
+    server.log.clear()
+    with zipslicer.load(url, cache_dir=folder) as sd:
+        assert same(sd.materialize(), wanted)
+        assert len(server.log) == 4
+    other = dict(wanted, more=torch.ones(3))
+    server.objects["/dir/model.pth"] = saved(other)
+    with zipslicer.load(url, cache_dir=folder) as sd:
+        assert same(sd.materialize(), other)
+    assert len(list(folder.iterdir())) == 2
+    with pytest.raises(ValueError, match="cache_dir"):
+        zipslicer.load("here.pth", cache_dir=folder)
 
 
 def test_scan_and_convert_and_the_command_line(

@@ -140,6 +140,7 @@ def open(
     check: bool = True,
     verify: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor of it, and without running a line of code from it.
 
@@ -174,6 +175,8 @@ def open(
         verify: read the file once, whole, before it is returned, and compare all records with their checksums: see
             Checkpoint.verify.
         storage_options: of a URL, as fsspec has them for its protocol: keys, endpoints, headers.
+        cache_dir: of a URL: a folder for what is read of tensors, in parts of 8 MiB, from which it is read the next time, by
+            any process, if the object has not changed. Nothing in it is ever deleted.
 
     Raises:
         OSError: the system cannot open or read it.
@@ -181,7 +184,9 @@ def open(
     """
     if unknown not in ("placeholder", "error"):
         raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
-    options = ReadOptions(map_location, dtype, cache_tensors, threads, framework, mmap, direct, storage_options)
+    options = ReadOptions(
+        map_location, dtype, cache_tensors, threads, framework, mmap, direct, storage_options, cache_dir
+    )
     terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
     checkpoint = _opened(source, options, terms, check)
     if verify:
@@ -213,6 +218,7 @@ def load(
     check: bool = True,
     verify: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Any:
     """What torch.load would return, lazily: a mapping is a LazyStateDict, a list or tuple with tensors a LazySequence.
 
@@ -240,6 +246,7 @@ def load(
         check=check,
         verify=verify,
         storage_options=storage_options,
+        cache_dir=cache_dir,
     ).root
 
 
@@ -282,7 +289,7 @@ def _file(options: ReadOptions, terms: _Terms, source: Any) -> View:
 
 
 def _source(source: Any, options: ReadOptions, limits: Limits | None = None) -> ByteSource:
-    opened = open_source(source, limits, options.storage_options)
+    opened = open_source(source, limits, options.storage_options, options.cache_dir)
     if options.mmap and not isinstance(opened, OpenFile):
         opened.close()
         raise ValueError("mmap=True maps a file on disk: bytes, and objects that are none, are read without it")

@@ -6,6 +6,8 @@ Cloud Storage and HTTP where it is installed, fsspec for these and for all else.
 Two kinds of read come. What was announced (`ahead`) is exactly that: the ranges of tensors, fetched in parts of 8 MiB, up
 to 16 at a time, some ahead of whoever reads them. All else is a parser's, which will soon ask for what follows: it comes
 from blocks that are kept, the first two of which (the end of the file and its beginning) were fetched side by side.
+
+With a folder as cache, what was announced is fetched in whole parts of a fixed grid, and each becomes a file there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import os
 import random
 import re
@@ -98,7 +101,12 @@ class RemoteFile:
     stamp = b""
     start = 0
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.origin: str | None = url
         self._url = url
         self.path: str | None = without_secrets(url)
@@ -112,6 +120,7 @@ class RemoteFile:
         self._process = os.getpid()
         self._store, (self._facts, head, tail) = self._begin(_makers(url, self._options))
         self.size = self._facts.size
+        self._cache = None if cache_dir is None else _Cache(cache_dir, self.path or url, self._facts)
         self.head = bytes(memoryview(head)[:HEAD_NBYTES])
         self._kept: OrderedDict[int, Bytes] = OrderedDict({self.size - len(tail): tail, 0: head})
         self.handle: Any = self
@@ -192,7 +201,8 @@ class RemoteFile:
         """(offset, nbytes) of all that this thread will read within: fetched in file order, a few parts ahead."""
         away = [self._trimmed(offset, offset + nbytes) for offset, nbytes in extents]
         before = getattr(self._reading, "plan", None)
-        plan = self._reading.plan = _Plan(_parts(away, self.size), self._submit, self._fetch)
+        parts = _parts(away, self.size) if self._cache is None else _grid(away, self.size)
+        plan = self._reading.plan = _Plan(parts, self._submit, self._fetch)
         try:
             yield
             if plan.taken:
@@ -213,7 +223,14 @@ class RemoteFile:
             raise ValueError(CLOSED_CHECKPOINT)
         if self._process != os.getpid():
             self._begin_again()
-        return self._insist(lambda: _whole(self._store.get(start, end, self._facts), end - start))
+        is_part = not start % PART and end == min(start + PART, self.size)
+        cache = self._cache if is_part else None
+        text = None if cache is None else cache.get(start, end - start)
+        if text is None:
+            text = self._insist(lambda: _whole(self._store.get(start, end, self._facts), end - start))
+            if cache is not None:
+                cache.put(start, text)
+        return text
 
     def _begin_again(self) -> None:
         """In a forked child, which has no loop, no runtime and no connection of its parent's. Fsspec can be begun anew."""
@@ -296,6 +313,55 @@ def _parts(extents: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int
         step = -(-(end - start) // count)
         parts += [(at, min(at + step, end)) for at in range(start, end, step)]
     return parts
+
+
+def _grid(extents: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """The same on a grid, so that whoever wants some of a part later has asked for the same part."""
+    numbers: set[int] = set()
+    for start, nbytes in extents:
+        if nbytes:
+            numbers.update(range(start // PART, -(-(start + nbytes) // PART)))
+    return [(number * PART, min((number + 1) * PART, size)) for number in sorted(numbers)]
+
+
+class _Cache:
+    """Parts of one object as files in a folder of its own, which is that of its URL, size and mark.
+
+    Nothing is ever deleted: a folder that is too large may be, at any time.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], url: str, facts: Facts) -> None:
+        if not facts.mark:
+            raise UnsupportedError(
+                "the store gives no mark of the object's content, by which a cache would know it again"
+            )
+        name = hashlib.sha256(f"{url}\n{facts.size}\n{facts.mark}".encode("utf-8", "surrogatepass")).hexdigest()
+        self._folder = os.path.join(folder, name[:40])
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+
+    def get(self, start: int, nbytes: int) -> Bytes | None:
+        try:
+            with open(self._path(start), "rb") as file:
+                text = file.read()
+        except FileNotFoundError:
+            return None
+        return text if len(text) == nbytes else None
+
+    def put(self, start: int, text: Bytes) -> None:
+        """A disk that is full, or a folder that was deleted, costs nothing but the cache."""
+        path = self._path(start)
+        temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+        with contextlib.suppress(OSError):
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(text)
+                os.replace(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
+
+    def _path(self, start: int) -> str:
+        return os.path.join(self._folder, f"{start // PART}")
 
 
 class _Plan:

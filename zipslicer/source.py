@@ -286,7 +286,10 @@ def without_secrets(url: str) -> str:
 
 
 def open_source(
-    source: Any, limits: Limits | None = None, storage_options: Mapping[str, Any] | None = None
+    source: Any,
+    limits: Limits | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache_dir: Pathish | None = None,
 ) -> ByteSource:
     """A path, a URL, bytes (also a bytearray, memoryview or mmap) or a binary file object -> a ByteSource.
 
@@ -301,9 +304,9 @@ def open_source(
     if is_url(source):
         from .remote import RemoteFile  # the one import upwards: it brings libraries that files do without
 
-        opened: ByteSource = RemoteFile(source, storage_options)
-    elif storage_options:
-        raise ValueError("storage_options= are of a URL")
+        opened: ByteSource = RemoteFile(source, storage_options, cache_dir)
+    elif storage_options or cache_dir is not None:
+        raise ValueError("storage_options= and cache_dir= are of a URL")
     elif isinstance(source, (str, os.PathLike)):
         opened = LocalFile(source)
     elif isinstance(source, (bytes, bytearray, memoryview, mmap.mmap)):

@@ -48,6 +48,7 @@ class ReadOptions:
     mmap: bool = False
     direct: bool = False
     storage_options: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)  # credentials, maybe
+    cache_dir: Any = None
 
     def __post_init__(self) -> None:
         # What can be told without torch is told at once, not at the first touch.
