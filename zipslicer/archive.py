@@ -207,7 +207,9 @@ class Archive:
         """Many parts of stored records at once; `jobs` are rows of backend.Job, one after the other."""
         source, rows = self.source, array("q", jobs).tobytes()
         try:
-            with self._ahead(zip(*(jobs[field::JOB_FIELDS] for field in (Job.RECORD, Job.START, Job.NBYTES)))):
+            # Lazily: what is local asks for none of them.
+            fields = (Job.RECORD, Job.START, Job.NBYTES)
+            with self._ahead(zip(*(itertools.islice(jobs, field, None, JOB_FIELDS) for field in fields))):
                 self.backend.read_records(source.handle, source.stamp, self.block, self.entries, rows, buffers, threads)
         except ZipSlicerError as error:
             raise self.located(error, jobs[Job.RECORD :: JOB_FIELDS]) from None

@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -147,10 +146,10 @@ class _File:
         facts = {name: _facts_of(value) for name, value in self._values.items()}
         return Metadata(state_dict_metadata=facts, planner_data=paths, storage_meta=storage)
 
-    def in_order(self, items: list[ReadItem]) -> Iterator[ReadItem]:
+    def in_order(self, items: list[ReadItem]) -> list[ReadItem]:
         """As they lie in the file, for which those of one tensor need not be neighbours."""
         places = {name: place for place, name in enumerate(self._tensors.offset_keys())}
-        return iter(sorted(items, key=lambda item: places.get(item.storage_index.fqn, -1)))
+        return sorted(items, key=lambda item: places.get(item.storage_index.fqn, -1))
 
     def read(self, item: ReadItem, target: Any) -> None:
         """The part of a tensor that an item names, into its place."""

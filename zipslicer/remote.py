@@ -540,7 +540,7 @@ class Http:
         import fsspec.asyn
 
         self._asyn = fsspec.asyn
-        self._fs, self._url = fsspec.core.url_to_fs(url, **options)
+        self._fs, _ = fsspec.core.url_to_fs(url, **options)
         self._url = url
 
     def _get(self, where: str, facts: Facts | None = None) -> tuple[Facts, Bytes]:

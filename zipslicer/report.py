@@ -32,6 +32,7 @@ from .errors import ZipSlicerError, printable
 from .policy import describe
 from .replacement import Replacement
 from .scan import scan
+from .source import without_secrets
 from .state_dict import LazySlice, LazyStateDict
 from .stream import bar_of
 from .table import TensorInfo
@@ -126,7 +127,7 @@ def write_report(
         flags = tuple(flags_of((row.name, row.info, row.values, row.error) for row in rows))
         scanned = scan(path, limits=options.get("limits"))
         facts: dict[str, Any] = {
-            "about": _about(path, checkpoint.tensors, rows),
+            "about": _about(path, rows),
             "tensors": [_as_json(row) for row in rows],
             "flags": flags,
             "strangers": _strangers(checkpoint.placeholders),
@@ -136,11 +137,11 @@ def write_report(
         if second is not None and other is not None:
             found = list(differences(checkpoint.tensors, second.tensors, values=values))
             facts["difference"] = {
-                "other": _about(other, second.tensors, _rows(second.tensors, False, 1, False)),
+                "other": _about(other, _rows(second.tensors, False, 1, False)),
                 "found": [_difference_as_json(each) for each in found],
                 "compared": values,
             }
-    text = _page(f"{os.path.basename(os.path.normpath(os.fspath(path)))} - zipslicer", facts)
+    text = _page(f"{facts['about']['name']} - zipslicer", facts)
     output = Replacement(dst)
     try:
         output.write([text.encode()])
@@ -155,13 +156,12 @@ def write_report(
 # ---------------------------------------------------------------- facts
 
 
-def _about(path: str | os.PathLike[str], tensors: LazyStateDict, rows: list[_Row]) -> dict[str, Any]:
+def _about(path: str | os.PathLike[str], rows: list[_Row]) -> dict[str, Any]:
     shown = os.fspath(path)
     return {
-        "name": os.path.basename(os.path.normpath(shown)),
+        "name": os.path.basename(os.path.normpath(without_secrets(shown))),
         "file_nbytes": os.path.getsize(shown) if os.path.isfile(shown) else None,
         "tensors": len(rows),
-        "names": len(tensors),
         "numel": sum(row.info.numel for row in rows),
         "nbytes": _stored(rows),
         "made": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -197,8 +197,8 @@ def _rows(tensors: LazyStateDict, values: bool, threads: int, progress: bool) ->
     del np
     rows = []
     with bar_of(progress, sum(info.nbytes for _, info, _ in found)) as bar:
-        parts = ((_part(tensors, name, info) for name, info, _ in found), threads)
-        for (name, info, storage), (seen, error) in zip(found, _looked_at(*parts)):
+        parts = (_part(tensors, name, info) for name, info, _ in found)
+        for (name, info, storage), (seen, error) in zip(found, _looked_at(parts, threads)):
             rows.append(_Row(name, info, storage, seen, error))
             if bar is not None:
                 bar.update(info.nbytes)

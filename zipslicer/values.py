@@ -17,9 +17,8 @@ from .table import TensorInfo
 
 __all__ = ["Once", "Values", "doubles", "has_numbers", "once", "values_of"]
 
-CHUNK_NBYTES = (
-    1 << 20
-)  # of the file: some ten times that with what is computed; smaller ones make threads wait for each other
+# Of the file: some ten times that with what is computed. Smaller ones make threads wait for each other.
+CHUNK_NBYTES = 1 << 20
 BINS = 32
 FEW_NBYTES = 1 << 30  # that are read whatever they overlap, and else:
 MOST_OVERLAPS = 64  # of each byte in the file: windows that slide over a signal
