@@ -37,7 +37,7 @@ from .state_dict import LazySlice, LazyStateDict
 from .stream import bar_of
 from .table import TensorInfo
 from .tensors import default_threads
-from .values import Values, has_numbers, values_of
+from .values import Values, slice_of, values_of
 
 __all__ = ["Flag", "Reported", "flags_of", "write_report"]
 
@@ -206,14 +206,9 @@ def _rows(tensors: LazyStateDict, values: bool, threads: int, progress: bool) ->
 
 
 def _part(tensors: LazyStateDict, name: str, info: TensorInfo) -> LazySlice | None:
-    """Whose numbers are looked at: none of a tensor that has none, nor of a storage without a tensor."""
-    if info.location == "meta" or not has_numbers(info.dtype_name):
-        return None
-    try:
-        part = tensors.get_slice(name)
-    except TypeError:
-        return None
-    if info.parts:
+    """Whose numbers are looked at: of a tensor of several parts, those of one."""
+    part = slice_of(tensors, name, info)
+    if part is not None and info.parts:
         return part.part(next((each for each in MAIN_PARTS if each in info.parts), next(iter(info.parts))))
     return part
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from .errors import UnsupportedError
 from .plan import blocks
-from .state_dict import LazySlice
+from .state_dict import LazySlice, LazyStateDict
 from .table import TensorInfo
 
-__all__ = ["Once", "Values", "doubles", "has_numbers", "once", "values_of"]
+__all__ = ["Once", "Values", "doubles", "has_numbers", "once", "slice_of", "values_of"]
 
 # Of the file: some ten times that with what is computed. Smaller ones make threads wait for each other.
 CHUNK_NBYTES = 1 << 20
@@ -71,6 +71,16 @@ def doubles(made: Any) -> Any:
     elif made.dtype.kind == "c":
         made = np.abs(made.astype(np.complex128))
     return made.astype(np.float64, copy=False).ravel()
+
+
+def slice_of(tensors: LazyStateDict, name: str, info: TensorInfo) -> LazySlice | None:
+    """What numbers can be looked at of, itself or by its parts; None for a tensor that has none, or no tensor's storage."""
+    if info.location == "meta" or not has_numbers(info.dtype_name):
+        return None
+    try:
+        return tensors.get_slice(name)
+    except TypeError:
+        return None
 
 
 class Once(NamedTuple):

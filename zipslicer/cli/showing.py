@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint import open as open_checkpoint
 from ..table import TensorInfo
-from ..values import Values, has_numbers, values_of
+from ..values import Values, slice_of, values_of
 from .converting import framework
 from .terminal import GOOD, Say, size, wrapped
 
@@ -37,12 +37,9 @@ def show(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[st
 
 
 def _parts(tensors: Any, name: str, info: TensorInfo) -> dict[str, Any]:
-    """What numbers are looked at, by title: none of a tensor that has none, nor of a storage without a tensor."""
-    if info.location == "meta" or not has_numbers(info.dtype_name):
-        return {}
-    try:
-        part = tensors.get_slice(name)
-    except TypeError:
+    """What numbers are looked at, by title: of a tensor of several parts, those of each."""
+    part = slice_of(tensors, name, info)
+    if part is None:
         return {}
     return {f"{name} ({each})": part.part(each) for each in info.parts} or {name: part}
 
