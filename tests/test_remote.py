@@ -311,7 +311,7 @@ def test_scan_and_convert_and_the_command_line(
     assert "s3cr3t" not in "".join(capsys.readouterr())
 
 
-def test_options_go_to_the_library(server: Server, wanted: dict[str, Any]) -> None:
+def test_options_go_to_the_library(server: Server, tmp_path: Path, wanted: dict[str, Any]) -> None:
     server.headers = {"Authorization": "Bearer t0ken"}
     url = f"{server.url}/dir/model.pth"
     with pytest.raises(PermissionError, match="storage_options"):
@@ -320,6 +320,17 @@ def test_options_go_to_the_library(server: Server, wanted: dict[str, Any]) -> No
         assert torch.equal(sd["layer1.bias"], wanted["layer1.bias"])
         again = pickle.loads(pickle.dumps(sd))
         assert torch.equal(again["layer1.bias"], wanted["layer1.bias"])
+    options = {"headers": {"Authorization": "Bearer t0ken"}}
+    assert zipslicer.scan(url, storage_options=options).verdict == "safe"
+    pytest.importorskip("ml_dtypes")
+    from zipslicer.report import write_report
+
+    page = tmp_path / "page.html"
+    write_report(f"{url}?signature=s3cr3t", page, framework="np", storage_options=options)
+    assert "model.pth" in page.read_text()
+    for secret in ("s3cr3t", "t0ken"):
+        assert secret not in page.read_text()
+    assert zipslicer.scan(f"{url}?signature=s3cr3t", storage_options=options).path == url
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -125,7 +125,7 @@ def write_report(
         second = None if other is None else stack.enter_context(open_checkpoint(other, **options))
         rows = _rows(checkpoint.tensors, values, threads or default_threads(), progress)
         flags = tuple(flags_of((row.name, row.info, row.values, row.error) for row in rows))
-        scanned = scan(path, limits=options.get("limits"))
+        scanned = scan(path, limits=options.get("limits"), storage_options=options.get("storage_options"))
         facts: dict[str, Any] = {
             "about": _about(path, rows),
             "tensors": [_as_json(row) for row in rows],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .archive import Archive
@@ -21,7 +21,7 @@ from .legacy import Legacy
 from .policy import Limits, actions, machine_limits
 from .safetensors_file import is_safetensors
 from .shards import locate, read_index
-from .source import ByteSource, open_source, read_at
+from .source import ByteSource, open_source, read_at, without_secrets
 
 __all__ = ["Finding", "Scan", "scan"]
 
@@ -93,7 +93,7 @@ class Scan:
     """What scan() has found in a file.
 
     Attributes:
-        path: of the file.
+        path: of the file; a URL without user, password and query.
         verdict: "safe": no stranger is named, so plain pickle would run nothing but torch's own constructors.
             "unknown" or "dangerous": see Finding, the worst one counts. "refused": zipslicer does not open the file.
         findings: all globals, the dangerous ones first.
@@ -118,20 +118,23 @@ class Scan:
         }
 
 
-def scan(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Scan:
+def scan(
+    path: str | os.PathLike[str], *, limits: Limits | None = None, storage_options: Mapping[str, Any] | None = None
+) -> Scan:
     """What a checkpoint's pickles name. All of them are run by the machine that `open` runs, and none by Python.
 
-    Takes what `open` takes by path, and plain pickles: a file that is not torch's is read as a chain of pickles.
+    Takes what `open` takes by path or URL (with `storage_options`), and plain pickles: a file that is not torch's is read as a chain of pickles.
 
     Raises:
         OSError: the system cannot open or read it. What is wrong with the file itself is `Scan.error`.
     """
-    shown = os.fspath(path)
-    scanning = _Scanning(choose(), limits or Limits())
+    name = os.fspath(path)
+    shown = without_secrets(name)
+    scanning = _Scanning(choose(), limits or Limits(), storage_options)
     error: ZipSlicerError | None = None
     try:
-        if scanning.file(shown):
-            open_checkpoint(shown, limits=limits).close()
+        if scanning.file(name):
+            open_checkpoint(name, limits=limits, storage_options=storage_options).close()
     except ZipSlicerError as refused:
         error = refused.located(path=shown)
     findings = scanning.findings()
@@ -153,9 +156,10 @@ def kind_of(module: str, name: str) -> str:
 class _Scanning:
     """Walks the pickles of a file."""
 
-    def __init__(self, backend: Backend, limits: Limits) -> None:
+    def __init__(self, backend: Backend, limits: Limits, storage_options: Mapping[str, Any] | None) -> None:
         self._backend = backend
         self._limits = limits
+        self._storage_options = storage_options
         self._named: dict[tuple[str, str], dict[str, None]] = {}  # -> the records that name it
         self.programs: list[str] = []
 
@@ -172,14 +176,14 @@ class _Scanning:
         if not is_index and os.path.isdir(path):
             found, is_index = locate(path, is_folder=True)
         if is_index:
-            index = read_index(os.fspath(found), self._backend, self._limits)
+            index = read_index(os.fspath(found), self._backend, self._limits, self._storage_options)
             for file in index.files:
                 self._source(index.path_of(file), f"{file}/")
             return True
         return self._source(os.fspath(found), "")
 
     def _source(self, path: str, before: str) -> bool:
-        with contextlib.closing(open_source(path, self._limits)) as source:
+        with contextlib.closing(open_source(path, self._limits, self._storage_options)) as source:
             if is_safetensors(source, self._backend):
                 return True
             try:
