@@ -132,7 +132,7 @@ class RemoteFile:
             try:
                 store: Store = self._insist(functools.partial(make, self._url, self._options))
                 return store, self._insist(store.begin)
-            except (FileNotFoundError, IsADirectoryError):  # noqa: PERF203
+            except (FileNotFoundError, IsADirectoryError):  # noqa: PERF203 - of two stores at most, which are to be tried
                 raise
             except (OSError, ValueError, UnsupportedError) as error:
                 refused = refused or error
@@ -262,7 +262,7 @@ class RemoteFile:
                     break
                 error = OSError(5, f"the store does not answer rightly: {self._cleaned(failed)}", self.path)
             if attempt + 1 < TRIES:
-                time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.random())  # noqa: S311
+                time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.random())  # noqa: S311 - no secret
         if isinstance(error, ZipSlicerError):
             error = error.located(path=self.path)
         raise error from None  # whose text may have a signed URL in it

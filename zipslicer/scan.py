@@ -123,7 +123,8 @@ def scan(
 ) -> Scan:
     """What a checkpoint's pickles name. All of them are run by the machine that `open` runs, and none by Python.
 
-    Takes what `open` takes by path or URL (with `storage_options`), and plain pickles: a file that is not torch's is read as a chain of pickles.
+    Takes what `open` takes by path or URL (with `storage_options`), and plain pickles: a file that is not torch's is read as a
+    chain of pickles.
 
     Raises:
         OSError: the system cannot open or read it. What is wrong with the file itself is `Scan.error`.

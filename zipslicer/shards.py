@@ -169,8 +169,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ArchiveError(f"the JSON text has {twice[:200]!r} twice in one object, which readers take differently")
+        for key, _ in pairs:
+            if key in seen:
+                raise ArchiveError(
+                    f"the JSON text has {key[:200]!r} twice in one object, which readers take differently"
+                )
+            seen.add(key)
     return made
 
 

@@ -16,6 +16,7 @@ import itertools
 import math
 import operator
 import sys
+import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
@@ -1270,11 +1271,11 @@ def _devices(device: Any) -> Callable[[Any], Any]:
 
 def _refuse_torch_save(name: str) -> None:
     """torch.save would write a mapping that reads a file which need not be there, and no tensors."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.serialization":
             raise TypeError(f"torch.save of a {name} would write no tensors: save its .materialize() instead")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def materialize(value: Any) -> Any:

@@ -82,7 +82,8 @@ def _preadv(handle: Any) -> Preadv:
         return lambda buffers, offset: _preadv_cached(handle, buffers, offset)
     if isinstance(handle, tuple):
         return _direct(*handle)
-    return handle.preadv  # type: ignore[no-any-return]
+    preadv: Preadv = handle.preadv
+    return preadv
 
 
 def _preadv_cached(fd: int, buffers: Sequence[Any], offset: int) -> int:
