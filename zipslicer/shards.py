@@ -19,7 +19,7 @@ from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import Limits
-from .source import is_url, open_source, read_at, without_secrets
+from .source import CLOSED_CHECKPOINT, is_url, open_source, read_at, without_secrets
 from .state_dict import OVERLAID, LazyStateDict, View
 
 __all__ = ["INDEX_NBYTES", "Index", "NoTensors", "ShardedView", "locate", "parse_json", "read_index"]
@@ -251,7 +251,7 @@ class ShardedView(View):
         if made is not None:
             return made
         if self._closed.is_set():
-            raise ValueError("the checkpoint is closed")
+            raise ValueError(CLOSED_CHECKPOINT)
         path = self.index.path_of(file)
         try:
             view = self._open_file(path)

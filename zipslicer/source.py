@@ -128,7 +128,7 @@ class OpenFile:
         """The file in memory, each page copied when it is written to; mapped once. Raises: OSError, ChangedError."""
         with self._lock:
             if self._fd < 0:
-                raise ValueError("the checkpoint is closed")
+                raise ValueError(CLOSED_CHECKPOINT)
             if _stamp_of(os.fstat(self._fd)) != self.stamp:
                 raise ChangedError("the file was changed after it was opened", path=self.path)
             if self._mapped is None:
