@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import StorageReader as _StorageReader
 from torch.futures import Future
 
 from .checkpoint import open as open_checkpoint
-from .errors import UnsupportedError
+from .errors import UnsupportedError, some
 from .policy import Placeholder
 from .source import without_secrets
 from .state_dict import LazySequence, LazyStateDict
@@ -249,8 +249,8 @@ def load_sharded(model: torch.nn.Module, source: Any, *, strict: bool = True, **
         found = Loaded([name for name in wanted if name not in has], [name for name in has if name not in wanted])
         if strict and (found.missing_keys or found.unexpected_keys):
             raise RuntimeError(
-                f"{len(found.missing_keys)} keys of the model are not in the file ({_some(found.missing_keys)}), and "
-                f"{len(found.unexpected_keys)} of the file not in the model ({_some(found.unexpected_keys)})"
+                f"{len(found.missing_keys)} keys of the model are not in the file ({some(found.missing_keys) or 'none'}), and "
+                f"{len(found.unexpected_keys)} of the file not in the model ({some(found.unexpected_keys) or 'none'})"
             )
         # What torch.distributed.checkpoint.load does with no_dist=True, less its warning that it does so.
         planner = DefaultLoadPlanner(allow_partial_load=True)
@@ -259,7 +259,3 @@ def load_sharded(model: torch.nn.Module, source: Any, *, strict: bool = True, **
     finally:
         reader.reset()
     return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"

@@ -14,6 +14,7 @@ The caller's own mistakes stay builtin: KeyError, IndexError, TypeError, ValueEr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -90,6 +91,12 @@ class ZipSlicerError(Exception):
 def printable(text: str) -> str:
     """Text out of a file, for a terminal or a log: what is no sign is spelled out."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def some(names: Iterable[Any], count: int = 5) -> str:
+    """Names for a message, cut."""
+    listed = [printable(str(name)[:200]) for name in names]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
 def _rebuild(cls: type[ZipSlicerError], message: str, state: dict[str, Any]) -> ZipSlicerError:

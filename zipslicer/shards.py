@@ -12,12 +12,12 @@ import fnmatch
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union, cast
 
 from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
-from .errors import ArchiveError, UnsupportedError, ZipSlicerError
+from .errors import ArchiveError, UnsupportedError, ZipSlicerError, some
 from .policy import Limits
 from .source import CLOSED_CHECKPOINT, is_url, open_source, read_at, without_secrets
 from .state_dict import OVERLAID, LazyStateDict, View
@@ -31,7 +31,6 @@ SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 BESIDE = re.compile(r"(training_args|optimizer|scheduler|sampler|scaler|rng_state)(_\d+)?\.(bin|pt|pth)")
 PARTS = re.compile(r"consolidated\.\d+\.pth")
 OF_ONE_FILE = ("table", "program", "payloads", "options", "_reader")
-SHOWN = 5  # names in a message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
         raise IsADirectoryError(21, "is a folder, and has neither a checkpoint nor an index of shards in it", path)
     if len(candidates) > 1:
         raise ValueError(
-            f"the folder {path!r} has {len(candidates)} candidates ({_some(candidates, 10)}); open one of them by its path"
+            f"the folder {path!r} has {len(candidates)} candidates ({some(candidates, 10)}); open one of them by its path"
         )
     return os.path.join(path, candidates[0]), False
 
@@ -189,12 +188,6 @@ def _is_outside(file: str) -> str | None:
     if any(part in ("", ".", "..") for part in file.split("/")):
         return "has '..', '.' or nothing between its slashes"
     return None
-
-
-def _some(names: Iterable[Any], count: int = SHOWN) -> str:
-    """Names for a message, cut."""
-    listed = [str(name)[:200] for name in names]
-    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
 # (file, key, position in the file's own view, or None where only the key is known as yet)
@@ -282,7 +275,7 @@ class ShardedView(View):
         ]  # URLs are opened
         if missing:
             raise ArchiveError(
-                f"{len(missing)} of the {len(self._files)} files that the index names are missing: {_some(missing)}",
+                f"{len(missing)} of the {len(self._files)} files that the index names are missing: {some(missing)}",
                 path=self.index.shown,
             )
         from concurrent.futures import ThreadPoolExecutor
@@ -297,14 +290,14 @@ class ShardedView(View):
             lacks = [key for key in wanted[file] if key not in has]
             if lacks:
                 raise ArchiveError(
-                    f"the index puts {len(lacks)} keys into this file that it has not: {_some(sorted(lacks))}",
+                    f"the index puts {len(lacks)} keys into this file that it has not: {some(sorted(lacks))}",
                     path=without_secrets(self.index.path_of(file)),
                     key=min(lacks),
                 )
             more = [key for key in has if key not in wanted[file]]
             if more:
                 raise ArchiveError(
-                    f"this file has {len(more)} keys that the index does not give to it: {_some(more)}; "
+                    f"this file has {len(more)} keys that the index does not give to it: {some(more)}; "
                     "check=False leaves them out",
                     path=without_secrets(self.index.path_of(file)),
                     key=more[0],
