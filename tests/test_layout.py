@@ -18,16 +18,17 @@ PACKAGE = Path(zipslicer.__file__).parent
 TESTS = Path(__file__).parent
 FLOORS = [
     "errors", "backend", "policy", "source", "archive", "verify", "program", "legacy", "plan", "arrays", "composites", "table",
-    "safetensors_file", "staging", "tensors", "numpy_tensors", "stream", "state_dict", "shards", "joined", "exports",
-    "checkpoint", "cli",
+    "safetensors_file", "dcp_metadata", "dcp_source", "dcp", "staging", "tensors", "numpy_tensors", "stream", "state_dict",
+    "shards", "joined", "exports", "checkpoint", "cli",
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
 OPENED = {
     "state_dict": {"module", "notebook"},
     "source": {"remote"},
 }  # side doors that a method opens when it is called, or that types are named of
-# Only tensors.py is the floor of torch; these two answer with a torch.dtype when asked for one.
-TORCH = {"tensors": {"__init__"}, "table": {"dtype"}}
+# Only tensors.py is the floor of torch; one other answers with a torch.dtype when asked for one, and one copies bytes where
+# NumPy is not there to do it.
+TORCH = {"tensors": {"__init__"}, "table": {"dtype"}, "dcp_source": {"_scatter"}}
 SIDE = {"plan", "arrays"}  # floors that read no file
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from .errors import ArchiveError, ProgramError, UnsupportedError, ZipSlicerError
 from .policy import Limits
 from .source import ByteSource, head_at, read_at, text_at
 
-__all__ = ["LOCAL_SIGNATURE", "STORED", "Archive", "window_of"]
+__all__ = ["LOCAL_SIGNATURE", "STORED", "Archive", "Listed", "is_swapped", "window_of"]
 
 TAIL_NBYTES = 65535 + 22 + 20 + 56  # the longest comment, and the three records that may stand before it
 STORED, DEFLATED = 0, 8
@@ -248,8 +249,56 @@ class Archive:
                 break
         return error.located(path=self.source.path, record=name)
 
+    def parts(self) -> list[Archive]:
+        """What is checked by its checksums: the archive itself, or those that it is made of."""
+        return [self]
+
     def close(self) -> None:
         self.source.close()
+
+
+class Listed(Archive):
+    """Records of a file that is no archive: stretches with a name, whose bytes are there as they are, and need no proof."""
+
+    has_checksums = False
+
+    def _list(self, records: Sequence[tuple[str, int, int]], also: bytes) -> None:
+        """(name, offset, nbytes) of each, in the order of the file; `also` is by what else the file is known again."""
+        rows, names = array("q"), bytearray()
+        numbers: dict[bytes, int] = {}
+        for number, (name, offset, nbytes) in enumerate(records):
+            encoded = name.encode("utf-8", "surrogatepass")
+            row = (offset, offset, nbytes, nbytes, offset + nbytes, 0, STORED, 0, len(names), len(encoded))
+            assert len(row) == ENTRY_FIELDS
+            rows.extend(row)
+            names += encoded
+            numbers[encoded] = number
+        self.count = len(records)
+        self.entries = bytearray(rows.tobytes())
+        self.block = bytes(names) + also
+        self._columns = memoryview(self.entries).cast("q")
+        self._numbers = numbers
+
+    def find_in(self, folder: str, names: bytes, ends: Sequence[int]) -> list[int]:
+        """A storage has its record, which is called as its key is."""
+        del folder
+        return [self._numbers.get(names[start:end], -1) for start, end in zip([0, *ends], ends)]
+
+
+def is_swapped(archive: Archive, found: int) -> bool:
+    """Whether the byte order that the record `found` names is not this host's; -1 for no record, which is little-endian,
+    as torch has it since 2.1.
+
+    Raises: ArchiveError.
+    """
+    order = b"little" if found < 0 else archive.read(found, 64)
+    if order not in (b"little", b"big"):
+        raise ArchiveError(
+            f"byteorder is {order!r}; it must be b'little' or b'big'",
+            record=archive.name(found),
+            path=archive.source.path,
+        )
+    return order != sys.byteorder.encode()
 
 
 def _starts(start: int, dims: Sequence[int]) -> Iterator[int]:

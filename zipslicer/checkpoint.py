@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .archive import Archive
+from .archive import Archive, is_swapped
 from .backend import Entry, choose
+from .dcp import dcp_table
+from .dcp_metadata import is_metadata, read_folder
 from .errors import ArchiveError, ChangedError
 from .exports import any_archive, is_checkpoint, is_config, is_package, read_config, read_layout
 from .joined import join
@@ -264,6 +265,8 @@ class _Terms:
 def _opened(source: Any, options: ReadOptions, terms: _Terms, check: bool) -> Checkpoint:
     """A file, or the several of a folder or an index."""
     found, is_index = locate(source)
+    if _is_folder_of_ranks(found):
+        return Checkpoint(_folder(os.fspath(found), options, terms, check))
     if not is_index:
         try:
             return Checkpoint(_file(options, terms, found))
@@ -271,6 +274,8 @@ def _opened(source: Any, options: ReadOptions, terms: _Terms, check: bool) -> Ch
             if not (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
                 raise
         found, is_index = locate(source, is_folder=True)
+    if _is_folder_of_ranks(found):
+        return Checkpoint(_folder(os.fspath(found), options, terms, check))
     if not is_index:
         return Checkpoint(_file(options, terms, found))
     if terms.window is not None:
@@ -311,6 +316,22 @@ def _sharded(path: str, options: ReadOptions, terms: _Terms, check: bool) -> Vie
     return view
 
 
+def _is_folder_of_ranks(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike)) and is_metadata(str(os.fspath(source)))
+
+
+def _folder(path: str, options: ReadOptions, terms: _Terms, check: bool) -> View:
+    """What torch.distributed.checkpoint wrote, by the path of its metadata."""
+    if terms.window is not None or options.mmap or terms.record != "data.pkl":
+        raise ValueError("window=, mmap= and record= are of one file, and this is a folder of several")
+    folder = read_folder(path, _BACKEND, terms.limits, options.storage_options)
+    table = dcp_table(
+        folder, _BACKEND, terms.limits, check=check, threads=options.threads or default_threads(),
+        unknown=terms.unknown, allow=terms.allow, storage_options=options.storage_options, cache_dir=options.cache_dir,
+    )  # fmt: skip
+    return _of_table(table, options, terms)
+
+
 def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     """The steps: source -> archive -> program -> table; for each of its parts where a file has several programs."""
     if terms.window is None and is_safetensors(source, _BACKEND):
@@ -318,7 +339,7 @@ def _view(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     archive = _archive(source, terms)
     # Three look-ups for the price of one, which a large directory makes felt.
     order, main, constants = archive.find(["byteorder", "data.pkl", "constants.pkl"])
-    swapped = _is_swapped(archive, order)
+    swapped = is_swapped(archive, order)
     layout = None
     if not isinstance(archive, Legacy) and not (terms.record == "data.pkl" and main >= 0 > constants):
         layout = read_layout(archive, terms.record, swapped)
@@ -336,7 +357,7 @@ def _one(source: ByteSource, options: ReadOptions, terms: _Terms) -> View:
     if terms.window is None and is_safetensors(source, _BACKEND):
         return _of_table(safetensors_table(source, _BACKEND, terms.limits), options, terms)
     archive = _archive(source, terms)
-    return _of_table(_table(archive, terms, _is_swapped(archive, archive.find(["byteorder"])[0])), options, terms)
+    return _of_table(_table(archive, terms, is_swapped(archive, archive.find(["byteorder"])[0])), options, terms)
 
 
 def _of_table(table: TensorTable, options: ReadOptions, terms: _Terms) -> View:
@@ -363,7 +384,7 @@ def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = No
         if is_checkpoint(archive, record):
             window = archive.extent(archive.find([record])[0])
             archive, record, main = open_archive(archive.source, _BACKEND, terms.limits, window), "data.pkl", None
-            swapped = _is_swapped(archive, archive.find(["byteorder"])[0])
+            swapped = is_swapped(archive, archive.find(["byteorder"])[0])
     if isinstance(archive, Legacy):
         if record != "data.pkl":
             raise ArchiveError(f"a file from before torch 1.6 has no record {record!r}", path=archive.source.path)
@@ -377,24 +398,16 @@ def _table(archive: Archive, terms: _Terms, swapped: bool, main: int | None = No
 
 def _reopen(origin: str, options: ReadOptions, terms: _Terms, fingerprint: int) -> View:
     """Unpickle: the same program of the same file at the same path, known by its directory."""
-    source = _source(origin, options)
-    try:
-        view = _one(source, options, terms)
-        if view.table.archive.fingerprint() != fingerprint:
-            raise ChangedError("the file at this path is not the one that was pickled", path=source.path)
-        return view
-    except BaseException:
-        source.close()
-        raise
-
-
-def _is_swapped(archive: Archive, found: int) -> bool:
-    """Whether the file's byte order is not this host's. Without a record it is little, as torch has it since 2.1."""
-    order = b"little" if found < 0 else archive.read(found, 64)
-    if order not in (b"little", b"big"):
-        raise ArchiveError(
-            f"byteorder is {order!r}; it must be b'little' or b'big'",
-            record=archive.name(found),
-            path=archive.source.path,
-        )
-    return order != sys.byteorder.encode()
+    if is_metadata(origin):
+        view = _folder(origin, options, terms, check=False)
+    else:
+        source = _source(origin, options)
+        try:
+            view = _one(source, options, terms)
+        except BaseException:
+            source.close()
+            raise
+    if view.table.archive.fingerprint() != fingerprint:
+        view.close()
+        raise ChangedError("the file at this path is not the one that was pickled", path=view.path)
+    return view

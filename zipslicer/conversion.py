@@ -1,4 +1,4 @@
-"""Conversion: any checkpoint in, a safetensors file or an archive of torch.save out, or several with an index.
+"""Conversion: any checkpoint in, and out a safetensors file, an archive of torch.save, several with an index, or a DCP folder.
 
 One tensor after the other, and of that a chunk at a time. What has the same bytes in both files is copied by the kernel.
 Each file appears when it is whole, an index when all its files have: who runs it again after a crash gets the same result.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import struct
@@ -15,12 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from .archive import Archive
-from .arrays import array_dtype
 from .backend import COMPLEX, DIFFERENTIABLE, Kind
 from .checkpoint import Checkpoint
 from .checkpoint import open as open_checkpoint
+from .dcp_writer import Item, items_of, write_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
-from .plan import blocks
 from .policy import DTYPES, dtype_named
 from .replacement import Output
 from .safetensors_file import PACKED
@@ -28,14 +28,14 @@ from .state_dict import LazySequence, LazySlice, LazyStateDict, Patterns
 from .stream import bar_of
 from .table import TensorInfo
 from .tensors import default_threads
-from .writer import CHUNK_NBYTES, Writer, floating_index, is_code, output_of, save, views_of
+from .writer import CHUNK_NBYTES, Writer, elements_of, floating_index, is_code, output_of, refuse_repeated, save
 
 __all__ = ["Converted", "convert"]
 
+FORMATS = ("safetensors", "torch", "dcp")
 KeyMap = Union[Callable[[str], Union[str, None]], Mapping[str, Union[str, None]]]
 
 SAFETENSORS = ".safetensors"
-EXPANDED_NBYTES = 1 << 30  # of a tensor that repeats itself (stride 0): a few bytes in a file can stand for terabytes
 HEADER_NBYTES = 100_000_000  # the safetensors package reads no longer one
 UNITS = {
     "": 1,
@@ -79,6 +79,7 @@ def convert(
     keys: Patterns | None = None,
     key_map: KeyMap | None = None,
     max_shard_size: int | str | None = None,
+    format: str | None = None,
     verify: bool = False,
     progress: bool = False,
     **options: Any,
@@ -87,16 +88,20 @@ def convert(
 
     A safetensors file gets every tensor of `src` by its dotted path, as `open(src).tensors` lists them. An archive of
     torch.save gets the root as it is, placeholders too; but with `keys`, `key_map` or `max_shard_size` that flat mapping.
+    A folder for torch.distributed.checkpoint gets the root, too, whose dicts and lists it knows by dotted paths: every
+    tensor by itself, so that what was tied no longer is.
 
     Args:
         src: what `open` takes; a Checkpoint that is open already; a LazyStateDict, whose own tensors are meant; or a list of
             such, whose tensors go together.
-        dst: "name.safetensors", or any other name for an archive of torch.save. With `max_shard_size` the files are called
-            "name-00001-of-00003.safetensors", beside "name.safetensors.index.json"; if all fits into one, as without it.
+        dst: "name.safetensors", "name/" for a folder of torch.distributed.checkpoint, or any other name for an archive of
+            torch.save. With `max_shard_size` the files are called "name-00001-of-00003.safetensors", beside
+            "name.safetensors.index.json"; if all fits into one, as without it.
         dtype: a floating-point dtype, of torch or by name: floating-point tensors are cast to it.
         keys: names or globs of the tensors that are wanted.
         key_map: new names by the old ones, as a function or a mapping; None leaves a tensor out.
         max_shard_size: bytes of tensors in a file; or text: "5GB".
+        format: "safetensors", "torch" or "dcp", whatever `dst` is called.
         verify: read all once more, and compare.
         progress: show a bar of bytes (needs tqdm).
         options: for `open`, where `src` is not open yet.
@@ -110,6 +115,7 @@ def convert(
         OSError; and what opening and reading raises. Files that were there before are then still there.
     """
     path = os.fspath(dst)
+    form = _format_of(path, format)
     limit = None if max_shard_size is None else _nbytes(max_shard_size)
     if dtype is not None:
         floating_index(dtype)
@@ -120,7 +126,15 @@ def convert(
         whole = opened[0][0]
         chosen = [_chosen(tensors, keys, key_map) for _, tensors in opened]
         _refuse_doubles(chosen)
-        if path.endswith(SAFETENSORS):
+        if form == "dcp":
+            is_flat = len(opened) > 1 or whole is None or is_code(whole) or not (keys is None and key_map is None)
+            root = None if is_flat or whole is None else _mapping_at_root(whole)
+            roots = chosen if root is None else [root]
+            _write_dcp(roots, path, limit, found, dtype, progress)
+            if verify:
+                _verify_dcp(roots, found, dtype)
+            return found
+        if form == "safetensors":
             planned = [each for tensors in chosen for each in _plan(tensors, found, dtype)]
             if keys is None:
                 found.left_out = [
@@ -145,6 +159,17 @@ def convert(
         if verify:
             _verify_archives(chosen, found, dtype)
     return found
+
+
+def _format_of(path: str, wanted: str | None) -> str:
+    """Raises: ValueError."""
+    if wanted is not None and wanted not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {wanted!r}")
+    if wanted is not None:
+        return wanted
+    if path.endswith(("/", os.sep)):
+        return "dcp"
+    return "safetensors" if path.endswith(SAFETENSORS) else "torch"
 
 
 def _opened(
@@ -299,7 +324,7 @@ def _verify_archives(chosen: Sequence[LazyStateDict], found: Converted, dtype: A
                     wanted = dtype_named(one.info.dtype_name)
                     if index is not None and wanted != dtype_named(other.info.dtype_name):
                         wanted = index
-                    parts = zip(_parts(one, wanted), _parts(other, wanted))
+                    parts = zip(elements_of(one, wanted), elements_of(other, wanted))
                     if one.info.shape != other.info.shape or any(left != right for left, right in parts):
                         raise ArchiveError("what was written is not what was read", path=found.files[-1], key=name)
 
@@ -314,6 +339,59 @@ def _dense(tensors: LazyStateDict, name: Any) -> list[LazySlice]:
         return []
     whole = tensors.get_slice(name)
     return [whole.part(part) for part in info.parts] if info.parts else [whole]
+
+
+# ---------------------------------------------------------------- folders of torch.distributed.checkpoint
+
+
+def _mapping_at_root(checkpoint: Checkpoint) -> LazyStateDict | None:
+    """The root of a file, if it is a dict; also one without tensors, which is a plain one."""
+    root = checkpoint.root
+    if isinstance(root, dict):
+        return LazyStateDict._of(checkpoint._view, None, dict.fromkeys(root, -1), dict(root), None)
+    return root if isinstance(root, LazyStateDict) else None
+
+
+def _write_dcp(
+    roots: Sequence[LazyStateDict], path: str, limit: int | None, found: Converted, dtype: Any, progress: bool
+) -> None:
+    items = _items(roots, dtype)
+    tensors = [item for item in items if item.part is not None]
+    by_name = {item.name: item for item in items}
+    shards = _shards([(item.name, item.nbytes) for item in items], limit)
+    found.tensors, found.nbytes = len(tensors), sum(item.nbytes for item in tensors)
+    storages: dict[Any, str] = {}
+    for item in tensors:
+        info = item.part.info if item.part is not None else None
+        if info is not None and info.storage_key and item.part is not None:
+            first = storages.setdefault((id(item.part._view), info.storage_key), item.name)
+            if first != item.name:
+                found.untied.append(item.name)
+    with bar_of(progress, found.nbytes) as bar:
+        found.files = write_folder(items, path, [[by_name[name] for name in shard] for shard in shards], bar)
+
+
+def _items(roots: Sequence[LazyStateDict], dtype: Any) -> list[Item]:
+    index = None if dtype is None else floating_index(dtype)
+    return [item for root in roots for item in items_of(root, index)]
+
+
+def _verify_dcp(roots: Sequence[LazyStateDict], found: Converted, dtype: Any) -> None:
+    """Raises: ArchiveError."""
+    path = found.files[-1]
+    with open_checkpoint(path, framework=roots[0]._view.framework) as again:
+        again.verify()
+        root = _mapping_at_root(again)
+        written = {} if root is None else {item.name: item for item in items_of(root, None)}
+        for item in _items(roots, dtype):
+            other = written.pop(item.name, None)
+            if other is None or other.dtype != item.dtype:
+                raise ArchiveError("it is missing in what was written", path=path, key=item.name)
+            if item.part is None or other.part is None:
+                continue
+            parts = itertools.zip_longest(elements_of(item.part, item.dtype), elements_of(other.part, item.dtype))
+            if item.part.shape != other.part.shape or any(left != right for left, right in parts):
+                raise ArchiveError("what was written is not what was read", path=path, key=item.name)
 
 
 # ---------------------------------------------------------------- safetensors
@@ -363,11 +441,7 @@ def _plan(tensors: LazyStateDict, found: Converted, dtype: Any) -> list[_Planned
         extent = None
         if view is not None and leaf is not None and leaf.composite is None:
             table, row = view.table, view.table.row(leaf.number)
-            if info.numel > row.extent and info.nbytes > EXPANDED_NBYTES:
-                raise UnsupportedError(
-                    f"{info.nbytes} bytes would be written of a tensor that repeats {row.extent * row.itemsize} bytes over and"
-                    " over; keys= and key_map= leave it out", key=name, path=tensors.path,
-                )  # fmt: skip
+            refuse_repeated(info, row.extent, name, tensors.path)
             same = (
                 id(table),
                 row.storage,
@@ -491,7 +565,7 @@ def _copy(each: _Planned, output: Output) -> int:
 def _bytes_of(each: _Planned, done: int = 0) -> Iterator[Any]:
     """Its bytes from `done` on, as they are to be written."""
     if each.extent is None:
-        yield from _parts(each.part, each.dtype)
+        yield from elements_of(each.part, each.dtype)
         return
     archive, record, start = each.extent
     buffer = memoryview(bytearray(min(CHUNK_NBYTES, each.nbytes - done)))
@@ -499,23 +573,6 @@ def _bytes_of(each: _Planned, done: int = 0) -> Iterator[Any]:
         part = buffer[: min(CHUNK_NBYTES, each.nbytes - at)]
         archive.read_into((record, start + at, len(part), 0, 0), [part], default_threads())
         yield part
-
-
-def _parts(part: LazySlice, dtype: int) -> Iterator[memoryview]:
-    """The elements of a tensor in row-major order, a chunk at a time, cast to a dtype."""
-    name = DTYPES[dtype].name
-    for index in blocks(part.shape, part.info.itemsize, CHUNK_NBYTES):
-        made = part[index]
-        if part.info.framework == "np":
-            yield from views_of(made.astype(array_dtype(name), copy=False), dtype)
-        else:
-            yield from views_of(made if str(made.dtype) == f"torch.{name}" else made.to(_torch_dtype(name)), dtype)
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
 
 
 def _verify_safetensors(planned: Sequence[_Planned], found: Converted) -> None:

@@ -13,10 +13,9 @@ import os
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
 
-from .archive import Archive
-from .backend import ENTRY_FIELDS, Backend, Graph, Kind
+from .archive import Listed
+from .backend import Backend, Graph, Kind
 from .errors import ArchiveError, ChangedError, UnsupportedError
 from .policy import DTYPES, Limits
 from .program import Program
@@ -40,8 +39,8 @@ def is_safetensors(source: ByteSource, backend: Backend) -> bool:
     return head[LENGTH.size : LENGTH.size + 1] == b"{" and 2 <= LENGTH.unpack_from(head)[0] <= room
 
 
-class SafetensorsArchive(Archive):
-    """The tensors of one file as the records of an archive: each stored, proved, and called by its tensor's name.
+class SafetensorsArchive(Listed):
+    """The tensors of one file as the records of an archive, each called by its tensor's name.
 
     Attributes:
         tensors: of each record (name, index into DTYPES, elements, sizes and strides).
@@ -51,8 +50,6 @@ class SafetensorsArchive(Archive):
         ArchiveError: the package refuses the file.
         UnsupportedError: a dtype torch does not have.
     """
-
-    has_checksums = False
 
     def __init__(self, source: ByteSource, backend: Backend, limits: Limits) -> None:
         self.source, self.backend, self.limits, self.window = source, backend, limits, None
@@ -64,10 +61,8 @@ class SafetensorsArchive(Archive):
             )
         header = read_at(backend, source, self.base, header_nbytes)
         self.metadata, facts = _read_header(header, source)
-        self.count = len(facts)
         self.tensors: list[tuple[str, int, int, list[int]]] = []
-        self.entries = bytearray()
-        names, name_start, offset = [], 0, self.base + header_nbytes
+        records, offset = [], self.base + header_nbytes
         for name, code, shape in facts:
             dtype = CODES.get(code)
             if dtype is None or (code in PACKED and (not shape or shape[-1] % PACKED[code])):
@@ -84,25 +79,12 @@ class SafetensorsArchive(Archive):
                 raise ArchiveError(f"no tensor has the shape {shape[: limits.dimensions]}", key=name, path=source.path)
             count = 0 if 0 in shape else run
             nbytes = count * DTYPES[dtype].itemsize
-            encoded = name.encode("utf-8", "surrogatepass")
-            end = offset + nbytes
-            row = (offset, offset, nbytes, nbytes, end, 0, 0, 0, name_start, len(encoded))
-            assert len(row) == ENTRY_FIELDS
-            self.entries += array("q", row).tobytes()
+            records.append((name, offset, nbytes))
             self.tensors.append((name, dtype, count, [*shape, *reversed(strides)]))
-            names.append(encoded)
-            name_start, offset = name_start + len(encoded), end
+            offset += nbytes
         if offset != source.size:
             raise ChangedError("the header names other bytes than the file has", offset=offset, path=source.path)
-        # What pickling compares: the header is in it.
-        self.block = b"".join(names) + header
-        self._columns = memoryview(self.entries).cast("q")
-        self._numbers = {name: number for number, name in enumerate(names)}
-
-    def find_in(self, folder: str, names: bytes, ends: Sequence[int]) -> list[int]:
-        """Each tensor has its own storage, and that its record, called as the tensor is."""
-        del folder
-        return [self._numbers.get(names[start:end], -1) for start, end in zip([0, *ends], ends)]
+        self._list(records, header)
 
 
 def _read_header(header: bytes, source: ByteSource) -> tuple[dict[str, str], list[tuple[str, str, list[int]]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 from .archive import Archive
 from .backend import Backend, Dialect, Graph, Text, choose
 from .checkpoint import open as open_checkpoint
+from .dcp_metadata import KNOWN, METADATA, is_metadata, read_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .exports import CHECKPOINTS, any_archive
 from .legacy import Legacy
 from .policy import Limits, actions, machine_limits
 from .safetensors_file import is_safetensors
 from .shards import locate, read_index
-from .source import ByteSource, open_source, read_at, without_secrets
+from .source import ByteSource, beside, open_source, read_at, without_secrets
 
 __all__ = ["Finding", "Scan", "scan"]
 
@@ -166,7 +168,11 @@ class _Scanning:
 
     def findings(self) -> tuple[Finding, ...]:
         made = [
-            Finding(f"{module}.{name}", kind_of(module, name), tuple(where))
+            Finding(
+                f"{module}.{name}",
+                "known" if (module, name) in KNOWN and [*where] == [METADATA] else kind_of(module, name),
+                tuple(where),
+            )
             for (module, name), where in self._named.items()
         ]
         return tuple(sorted(made, key=lambda finding: (KINDS.index(finding.kind), finding.name)))
@@ -176,12 +182,29 @@ class _Scanning:
         found, is_index = locate(path)
         if not is_index and os.path.isdir(path):
             found, is_index = locate(path, is_folder=True)
+        if is_metadata(str(os.fspath(found))):
+            self._folder(os.fspath(found))
+            return True
         if is_index:
             index = read_index(os.fspath(found), self._backend, self._limits, self._storage_options)
             for file in index.files:
                 self._source(index.path_of(file), f"{file}/")
             return True
         return self._source(os.fspath(found), "")
+
+    def _folder(self, path: str) -> None:
+        """What torch.distributed.checkpoint wrote: its metadata, and every archive that this names."""
+        with contextlib.closing(open_source(path, self._limits, self._storage_options)) as source:
+            self._pickle(read_at(self._backend, source, 0, min(source.size, self._limits.program_nbytes)), METADATA)
+        folder = read_folder(path, self._backend, self._limits, self._storage_options)
+        for file, windows in itertools.groupby(folder.windows, lambda window: window.file):
+            opened = open_source(beside(path, file), self._limits, self._storage_options)
+            with contextlib.closing(opened) as source:
+                for window in windows:
+                    if window.offset + window.nbytes > source.size:
+                        raise ArchiveError("the file ends before what the metadata says is in it", path=source.path)
+                    archive = any_archive(source, self._backend, self._limits, window[1:])
+                    self._archive(archive, f"{file}/{window.offset}/", DEPTH)
 
     def _source(self, path: str, before: str) -> bool:
         with contextlib.closing(open_source(path, self._limits, self._storage_options)) as source:

@@ -17,9 +17,10 @@ from typing import Any, Union, cast
 
 from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
+from .dcp_metadata import METADATA, OF_ONE_RANK
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError, some
 from .policy import Limits
-from .source import CLOSED_CHECKPOINT, is_url, open_source, read_at, without_secrets
+from .source import CLOSED_CHECKPOINT, beside, is_outside, is_url, open_source, read_at, without_secrets
 from .state_dict import OVERLAID, LazyStateDict, View
 
 __all__ = ["INDEX_NBYTES", "Index", "NoTensors", "ShardedView", "locate", "parse_json", "read_index"]
@@ -53,13 +54,7 @@ class Index:
         return sorted(set(self.keys.values()))
 
     def path_of(self, file: str) -> str:
-        if is_url(self.path):
-            from urllib.parse import quote
-
-            # Where "%2e%2e" would be "..", and what follows a "?" another question.
-            name = quote(file) if self.path.lower().startswith("http") else file
-            return f"{self.path.rpartition('/')[0]}/{name}"
-        return os.path.join(os.path.dirname(self.path), file)
+        return beside(self.path, file)
 
     @property
     def shown(self) -> str:
@@ -70,17 +65,20 @@ class Index:
 def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
     """A source as the caller has it -> (what to open, whether that is an index).
 
-    A path that ends in .json is an index. A folder is the one index in it, or else the one checkpoint; whether a path
-    is one is looked at only where that was said: to open it tells as well.
+    A path that ends in .json is an index. A folder is the one index in it, or else the one checkpoint, or else the
+    `.metadata` of torch.distributed.checkpoint; whether a path is one is looked at only where that was said: to open it
+    tells as well. Of a URL nobody can tell, and one that ends in "/" is the last of these.
 
     Raises:
         IsADirectoryError: there is none in it.
         ValueError: there are several.
-        UnsupportedError: there are the parts of a tensor-parallel checkpoint.
+        UnsupportedError: there are the parts of a tensor-parallel checkpoint, or of a save without collectives.
     """
     if not isinstance(source, (str, os.PathLike)):
         return source, False
     path = os.fspath(source)
+    if is_url(path) and path.endswith("/"):
+        return path + METADATA, False
     is_json = isinstance(path, str) and path.lower().endswith(".json")
     if not is_json and not is_folder:
         return source, False
@@ -100,7 +98,13 @@ def locate(source: Any, is_folder: bool = False) -> tuple[Any, bool]:
             path=path,
         )
     files = [name for name in names if name.lower().endswith(SUFFIXES) and not BESIDE.fullmatch(name)]
-    candidates = indexes + files
+    if OF_ONE_RANK in names and METADATA not in names:
+        raise UnsupportedError(
+            "each rank has written its own metadata here (use_collectives=False), and only torch.distributed.checkpoint.load, "
+            "on as many ranks, puts them together",
+            path=path,
+        )
+    candidates = indexes + files + [name for name in names if name == METADATA]
     if not candidates:
         raise IsADirectoryError(21, "is a folder, and has neither a checkpoint nor an index of shards in it", path)
     if len(candidates) > 1:
@@ -144,7 +148,7 @@ def _parse(path: str, content: bytes) -> Index:
             what = "a file name" if "weight_map" in parsed else 'a file name, and there is no "weight_map"'
             raise ArchiveError(f"no index of shards: the value is not {what}", key=key)
     for file in dict.fromkeys(keys.values()):
-        wrong = _is_outside(file)
+        wrong = is_outside(file)
         if wrong:
             raise ArchiveError(f"the index names the file {file[:200]!r}, which {wrong}")
     facts = parsed.get("metadata") if "weight_map" in parsed else None
@@ -175,19 +179,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 )
             seen.add(key)
     return made
-
-
-def _is_outside(file: str) -> str | None:
-    """Why a name is none of a file at or below the folder of the index, on this system or another; None if it is one."""
-    if not file or "\0" in file or any("\ud800" <= c <= "\udfff" for c in file):
-        return "is no name"
-    if "\\" in file or ":" in file:
-        return "has a drive, a stream or backslashes in it"
-    if file.startswith("/"):
-        return "is an absolute path"
-    if any(part in ("", ".", "..") for part in file.split("/")):
-        return "has '..', '.' or nothing between its slashes"
-    return None
 
 
 # (file, key, position in the file's own view, or None where only the key is known as yet)

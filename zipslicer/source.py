@@ -29,10 +29,13 @@ __all__ = [
     "HEAD_NBYTES",
     "ByteSource",
     "LocalFile",
+    "beside",
     "head_at",
+    "is_outside",
     "is_url",
     "open_source",
     "read_at",
+    "read_into",
     "text_at",
     "without_secrets",
 ]
@@ -285,6 +288,30 @@ def without_secrets(url: str) -> str:
     return re.sub(r"(://)[^/@]*@", r"\1", url).partition("?")[0] if is_url(url) else url
 
 
+def is_outside(file: str) -> str | None:
+    """Why a name is none of a file at or below a folder, on this system or another; None if it is one."""
+    if not file or "\0" in file or any("\ud800" <= c <= "\udfff" for c in file):
+        return "is no name"
+    if "\\" in file or ":" in file:
+        return "has a drive, a stream or backslashes in it"
+    if file.startswith("/"):
+        return "is an absolute path"
+    if any(part in ("", ".", "..") for part in file.split("/")):
+        return "has '..', '.' or nothing between its slashes"
+    return None
+
+
+def beside(path: str, file: str) -> str:
+    """The path or URL of a file that another one names. REQUIRES: not is_outside(file)."""
+    if is_url(path):
+        from urllib.parse import quote
+
+        # Where "%2e%2e" would be "..", and what follows a "?" another question.
+        name = quote(file) if path.lower().startswith("http") else file
+        return f"{path.rpartition('/')[0]}/{name}"
+    return os.path.join(os.path.dirname(path), file)
+
+
 def open_source(
     source: Any,
     limits: Limits | None = None,
@@ -462,6 +489,20 @@ def _spooled(chunks: Iterable[bytes], path: str | None = None) -> ByteSource:
 def read_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> bytes:
     """Bytes of a source, whole. REQUIRES: offset + nbytes <= source.size, and nbytes is bounded."""
     return bytes(text_at(backend, source, offset, nbytes))  # which are bytes already, if they are few
+
+
+def read_into(source: ByteSource, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer of bytes, and see that the file is still the one that was opened. Raises: OSError, ChangedError."""
+    handle, done = source.handle, 0
+    fd = handle[0] if isinstance(handle, tuple) else handle
+    while done < len(buffer):
+        rest = buffer[done:] if done else buffer
+        got = os.preadv(fd, [rest], offset + done) if isinstance(fd, int) else fd.preadv([rest], offset + done)
+        if not got:
+            raise ChangedError("the file ends here: it is shorter than when it was opened", offset=offset + done)
+        done += got
+    if isinstance(fd, int) and source.stamp and _stamp_of(os.fstat(fd)) != source.stamp:
+        raise ChangedError("the file was changed after it was opened", path=source.path)
 
 
 def text_at(backend: Backend, source: ByteSource, offset: int, nbytes: int) -> Text:

@@ -132,7 +132,7 @@ class View:
         return self.table.archive.names()
 
     def archives(self) -> list[Archive]:
-        return [self.table.archive]
+        return self.table.archive.parts()
 
     def counts(self) -> tuple[int, int]:
         """Of tensors and storages."""

@@ -25,20 +25,35 @@ from .backend import COMPLEX, DIFFERENTIABLE, Entry
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError, ZipSlicerError
 from .pickling import At, Kept, Pickler
-from .plan import numel
+from .plan import blocks, numel
 from .policy import DTYPES, dtype_named
 from .replacement import Output, Replacement
-from .state_dict import LazySequence, LazyStateDict, View
+from .state_dict import LazySequence, LazySlice, LazyStateDict, View
 from .stream import bar_of
-from .table import Row, TensorTable
+from .table import Row, TensorInfo, TensorTable
 from .tensors import _below, default_threads
 
-__all__ = ["Group", "Writer", "cast_chunks", "dtype_of", "floating_index", "is_code", "output_of", "save", "views_of"]
+__all__ = [
+    "Group",
+    "Records",
+    "Writer",
+    "cast_chunks",
+    "dtype_of",
+    "elements_of",
+    "finish",
+    "floating_index",
+    "is_code",
+    "output_of",
+    "refuse_repeated",
+    "save",
+    "views_of",
+]
 
 CHUNK_NBYTES = 16 << 20  # of a storage that are held at a time; a multiple of every itemsize
 UNIT = 16  # bytes; of the largest element: parts of a storage are cut at multiples of it
 PACKED = ("float4_e2m1fn_x2",)  # two elements in what torch counts as one: it has no casts of them
 SWAPPED = {2: "H", 4: "I", 8: "Q"}  # type codes of array.array for units of byte order
+EXPANDED_NBYTES = 1 << 30  # of a tensor that repeats itself (stride 0): a few bytes in a file can stand for terabytes
 VERSION = b"3\n"  # of the archive, as torch.save counts
 
 
@@ -74,10 +89,10 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
         total = sum(last - first for first, last in _needed(obj).values()) if progress else 0
         bar = stack.enter_context(bar_of(progress, total))
         archive = stack.enter_context(contextlib.closing(ArchiveWriter(output, _root_of(path))))
-        records = _Records(archive, _is_numpy(framework, obj), bar, cast_to)
+        records = Records(archive, _is_numpy(framework, obj), bar, cast_to)
         pickler = Pickler(records)
         records.write(pickler, obj)
-        _finish(archive, pickler)
+        finish(archive, pickler)
         output.commit()
 
 
@@ -93,7 +108,7 @@ class Group:
     Tensors that share memory when they are assigned share it in the file, if their bytes are still those that were written.
     """
 
-    def __init__(self, records: _Records, pickler: Pickler, metadata: Any) -> None:
+    def __init__(self, records: Records, pickler: Pickler, metadata: Any) -> None:
         self._records = records
         self._pickler = pickler
         self._keys: set[Any] = set()
@@ -195,7 +210,7 @@ class Writer(Group):
             self._archive = self._resources.enter_context(
                 contextlib.closing(ArchiveWriter(self._output, _root_of(path)))
             )
-            records = _Records(self._archive, _is_numpy(framework), None, cast_to)
+            records = Records(self._archive, _is_numpy(framework), None, cast_to)
             super().__init__(records, Pickler(records), metadata)
         except BaseException:
             self._resources.close()
@@ -209,7 +224,7 @@ class Writer(Group):
             self._close()
             if self._records.is_broken:
                 raise ValueError("the file was given up after an error")
-            _finish(self._archive, self._pickler)
+            finish(self._archive, self._pickler)
             self._output.commit()
 
     def discard(self) -> None:
@@ -247,7 +262,7 @@ class _Filed(NamedTuple):
     table: TensorTable  # by whose id it is known
 
 
-class _Records:
+class Records:
     """The storages of one file: pickling.Storages. `dtype`: what floating-point elements of open files are cast to."""
 
     def __init__(self, archive: ArchiveWriter, arrays: bool, bar: Any, dtype: int | None = None) -> None:
@@ -313,8 +328,12 @@ class _Records:
     def _watched(self, parts: Iterable[Any]) -> Iterator[Any]:
         for part in parts:
             yield part
-            if self._bar is not None:
-                self._bar.update(len(part))
+            self.done(len(part))
+
+    def done(self, nbytes: int) -> None:
+        """So many bytes were written."""
+        if self._bar is not None:
+            self._bar.update(nbytes)
 
     # ---------------------------------------------------------------- of open files
     def filed(self, view: View, storage: int, start: int, nbytes: int, row: Row | None) -> Kept:
@@ -381,8 +400,7 @@ class _Records:
 
         self._archive.copy(f"data/{kept.key}", archive.source, offset, nbytes, checksum, rest)
         archive.part(record, 0, 0)  # which raises ChangedError if the file was written to meanwhile
-        if self._bar is not None:
-            self._bar.update(nbytes)
+        self.done(nbytes)
 
     def _read(self, view: View, storage: int, record: int, first: int, last: int) -> Iterator[memoryview]:
         """Bytes of a storage by chunks, in this host's byte order. Each is used again for the next one."""
@@ -427,7 +445,39 @@ def cast_chunks(chunks: Iterable[Any], given: int, wanted: int) -> Iterator[memo
             yield from views_of(flat.to(getattr(torch, target.name)), wanted)
 
 
-def _finish(archive: ArchiveWriter, pickler: Pickler) -> None:
+def refuse_repeated(info: TensorInfo, extent: int, name: Any, path: str | None) -> None:
+    """Raises: UnsupportedError: a tensor has few elements in its file, `extent`, and would have very many without strides."""
+    if info.numel > extent and info.nbytes > EXPANDED_NBYTES:
+        raise UnsupportedError(
+            f"{info.nbytes} bytes would be written of a tensor that repeats {extent * info.itemsize} bytes over and over; "
+            "keys= and key_map= leave it out",
+            key=name,
+            path=path,
+        )
+
+
+def elements_of(part: LazySlice, dtype: int, start: int = 0) -> Iterator[memoryview]:
+    """The elements of a tensor in row-major order, a chunk at a time, cast to a dtype; from byte `start` on."""
+    name = DTYPES[dtype].name
+    for index in blocks(part.shape, part.info.itemsize, CHUNK_NBYTES):
+        made = part[index]
+        if part.info.framework == "np":
+            views = views_of(made.astype(array_dtype(name), copy=False), dtype)
+        else:
+            views = views_of(made if str(made.dtype) == f"torch.{name}" else made.to(_torch_dtype(name)), dtype)
+        for view in views:
+            if start < len(view):
+                yield view[start:]
+            start = max(0, start - len(view))
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def finish(archive: ArchiveWriter, pickler: Pickler) -> None:
     """The records that are not storages."""
     archive.add("byteorder", sys.byteorder.encode())
     archive.add("version", VERSION)
