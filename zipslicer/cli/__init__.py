@@ -100,19 +100,19 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", "converting.convert", "write another format, dtype, or number of files")
     convert.add_argument("files", nargs=1, metavar="SRC", help="a checkpoint, a folder or an index of shards")
-    convert.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
+    convert.add_argument("dst", metavar="DST", help="name.safetensors, name/ for a DCP folder, or name.pth")
     convert.add_argument("--keys", action="append", metavar="GLOB", help="only tensors of these names")
     _writing(convert)
 
     extract = _command(commands, "extract", "converting.convert", "write some tensors to a file of their own")
     extract.add_argument("files", nargs=1, metavar="FILE", help="a checkpoint, a folder or an index of shards")
-    extract.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
+    extract.add_argument("dst", metavar="DST", help="name.safetensors, name/ for a DCP folder, or name.pth")
     extract.add_argument("keys", nargs="+", metavar="GLOB", help="names of tensors: 'layer3.*'")
     _writing(extract)
 
     merge = _command(commands, "merge", "converting.merge", "write the tensors of several files to one")
     merge.add_argument("sources", nargs="+", metavar="SRC", help="checkpoints, folders or indexes of shards")
-    merge.add_argument("dst", metavar="DST", help="name.safetensors, or name.pth for what torch.load reads")
+    merge.add_argument("dst", metavar="DST", help="name.safetensors, name/ for a DCP folder, or name.pth")
     merge.set_defaults(files=["the files"], keys=None)
     _writing(merge)
 
@@ -155,6 +155,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="cast floating-point tensors: bfloat16")
+    parser.add_argument("--format", choices=("safetensors", "torch", "dcp"), help="whatever DST is called")
     parser.add_argument("--strip", metavar="PREFIX", help="take it off the names that have it")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="several files with an index: 5GB")
     parser.add_argument("--verify", action="store_true", help="read all once more, and compare")

@@ -32,6 +32,7 @@ def _converted(src: Any, options: argparse.Namespace, say: Say) -> tuple[int, di
         keys=options.keys,
         key_map=None if strip is None else lambda key: key.removeprefix(strip),
         max_shard_size=options.max_shard_size,
+        format=options.format,
         verify=options.verify,
         progress=options.progress,
         framework=framework(),
