@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.multiprocessing.spawn import spawn
 
 import zipslicer
+import zipslicer.distributed
 from zipslicer.distributed import StorageReader, load_sharded
 
 WIDE = 1537  # of which neither 2 nor 4 ranks have the same
@@ -168,6 +170,59 @@ def partly(folder: Path) -> bool:
     return good
 
 
+def together(folder: Path) -> bool:
+    """What several ranks want is read once, and is what each of them would have read."""
+    world, good = dist.get_world_size(), True
+    group = dist.new_group(list(range(world)))
+    wanted = torch.load(folder / "tensors.pth")
+    wide = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in wanted.items()}
+    load(wide, storage_reader=StorageReader(folder / "tensors.pth", group=group))
+    good &= all(torch.equal(wide[name], t.double()) for name, t in wanted.items())
+    turned = {"uneven": torch.zeros(5, 7).t(), "few": torch.zeros(6)[::2]}
+    load(turned, storage_reader=StorageReader(folder / "tensors.pth", group=group))
+    good &= all(torch.equal(turned[name], wanted[name]) for name in turned)
+    made, other = model(WIDE, 8), sharded(model(WIDE, 9))
+    load_sharded(made, folder / "model.pth", group=group)
+    load_sharded(other, folder / "model.pth", group=group)  # of which no two ranks have the same
+    state = torch.load(folder / "model.pth")
+    good &= same(made.state_dict(), state) and same(other.state_dict(), state)
+    kinds: list[tuple[Any, list[Any]]] = [(init_device_mesh("cpu", (world,)), [Replicate()])]
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2))
+        kinds += [(mesh, [Replicate(), Shard(1)]), (mesh, [Shard(0), Replicate()])]
+    for mesh, placements in kinds:
+        large = {f"layer{i}": zeros(1000, 2500, device_mesh=mesh, placements=placements) for i in range(16)}
+        before = chars() if sys.platform == "linux" else 0
+        load(large, storage_reader=StorageReader(folder / "large.pth", group=group))
+        good &= all((tensor.to_local() == int(name[5:])).all() for name, tensor in large.items())
+        if sys.platform == "linux":
+            read: list[Any] = [None] * world
+            dist.all_gather_object(read, chars() - before)
+            good &= 160_000_000 <= sum(read) <= 1.05 * 160_000_000
+            good &= max(read) <= 1.1 * 160_000_000 / world
+    return bool(good)
+
+
+def together_or_not_at_all(folder: Path) -> bool:
+    """A rank that cannot read says so, and no other one waits for it."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(5, "no such luck")
+
+    state = {f"layer{i}": torch.zeros(1000, 2500) for i in range(16)}
+    reader = StorageReader(folder / "large.pth", group=dist.group.WORLD)
+    reading = zipslicer.distributed._File.read
+    if dist.get_rank() == 1:
+        zipslicer.distributed._File.read = refuse  # type: ignore[method-assign, assignment]
+    try:
+        load(state, storage_reader=reader)
+    except CheckpointException as caught:
+        return "no such luck" in str(caught.failures)
+    finally:
+        zipslicer.distributed._File.read = reading  # type: ignore[method-assign]
+    return False
+
+
 def counted(folder: Path) -> list[dict[str, int]]:
     """Bytes that this rank reads of a file of 160 MB, and what its memory grows by, beside its share; by rows, by columns."""
     world = dist.get_world_size()
@@ -196,7 +251,8 @@ def rank(number: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=number, world_size=world)
     torch.set_num_threads(1)
     found: dict[str, Any] = {
-        each.__name__: each(folder) for each in (fsdp, on_the_meta_device, everything, placements, partly)
+        each.__name__: each(folder)
+        for each in (fsdp, on_the_meta_device, everything, placements, partly, together, together_or_not_at_all)
     }
     if sys.platform == "linux":
         found["counted"] = counted(folder)

@@ -8,12 +8,15 @@ those parts out of an open file. Nothing of the file is unpickled: torch's own r
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import math
 import os
 import uuid
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -36,6 +39,9 @@ from .state_dict import LazySequence, LazyStateDict
 
 __all__ = ["Loaded", "StorageReader", "load_sharded"]
 
+MANY = 1 << 16  # elements of a part for each rank, from which on a tensor that several want is read by all of them
+BATCH_NBYTES = 64 << 20  # of small tensors that are handed on together
+
 
 class StorageReader(_StorageReader):
     """For ``torch.distributed.checkpoint.load(state_dict, storage_reader=StorageReader(path))``.
@@ -46,12 +52,15 @@ class StorageReader(_StorageReader):
 
     Args:
         source: a path, a URL, or a mapping that `load` gave: selected, renamed, edited.
+        group: ranks that are near to each other, as those of one node, all of which load the same from the same file: what
+            several of them want is read once. Each reads its part of that, and the others get it from there.
         **options: of zipslicer.open, for a path or URL.
     """
 
-    def __init__(self, source: Any, **options: Any) -> None:
+    def __init__(self, source: Any, *, group: dist.ProcessGroup | None = None, **options: Any) -> None:
         super().__init__()
         self._options = options
+        self._group = group
         self._file: _File | None = None
         self._source: Any = None
         self.checkpoint_id: Any = None
@@ -101,18 +110,30 @@ class StorageReader(_StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what the plan of this rank names, in the order of the file, and close it.
 
-        Raises: OSError, CheckpointError, as reading does; UnsupportedError for a value of a class that was not built.
+        Raises: OSError, CheckpointError, as reading does; UnsupportedError for a value of a class that was not built;
+        RuntimeError where another rank of the group could not read.
         """
         file = self._file
         assert file is not None, "read_metadata comes before read_data"
         try:
+            wanted: list[tuple[_Part, torch.Tensor]] = []
             for item in file.in_order(plan.items):
                 if item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, file.pickled(item.storage_index.fqn))
                     continue
                 target = planner.resolve_tensor(item).detach()
-                file.read(item, target)
-                planner.commit_tensor(item, target)
+                part = _Part(
+                    item.storage_index.fqn, tuple(item.storage_offsets), tuple(item.lengths), str(target.dtype)
+                )
+                if self._group is None:
+                    file.read(part, target)
+                    planner.commit_tensor(item, target)
+                else:
+                    wanted.append((part, target))
+            if self._group is not None:
+                _Together(self._group, file).read(wanted)
+                for item, (_, target) in zip(file.in_order(_tensors(plan)), wanted):
+                    planner.commit_tensor(item, target)
         finally:
             self._close()
         done: Future[None] = Future()
@@ -138,6 +159,10 @@ class _File:
         self._root = root if isinstance(root, LazyStateDict) else opened.tensors
         self._tensors = self._root.flatten()
 
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self._tensors.offset_keys())}
+
     def metadata(self, storage: StorageMeta) -> Metadata:
         try:
             self._values, paths = flatten_state_dict(_skeleton(self._root))
@@ -148,14 +173,16 @@ class _File:
 
     def in_order(self, items: list[ReadItem]) -> list[ReadItem]:
         """As they lie in the file, for which those of one tensor need not be neighbours."""
-        places = {name: place for place, name in enumerate(self._tensors.offset_keys())}
-        return sorted(items, key=lambda item: places.get(item.storage_index.fqn, -1))
+        return sorted(items, key=lambda item: self.place(item.storage_index.fqn))
 
-    def read(self, item: ReadItem, target: Any) -> None:
-        """The part of a tensor that an item names, into its place."""
-        starts, sizes = item.storage_offsets, item.lengths
-        index = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
-        self._tensors.get_slice(item.storage_index.fqn).read(index, out=target)
+    def place(self, name: str) -> int:
+        """Of a tensor among all, by where their bytes lie."""
+        return self._places.get(name, -1)
+
+    def read(self, part: _Part, target: Any) -> None:
+        """A part of a tensor, into its place."""
+        index = tuple(slice(start, start + size) for start, size in zip(part.starts, part.sizes))
+        self._tensors.get_slice(part.name).read(index, out=target)
 
     def pickled(self, name: str) -> io.BytesIO:
         """What is no dense tensor, as a pickle of ours: the planner unpickles it, and looks at nothing."""
@@ -174,6 +201,157 @@ class _File:
 
     def close(self) -> None:
         self._stack.close()
+
+
+class _Part(NamedTuple):
+    """A box of a tensor of the file, and the dtype that it becomes."""
+
+    name: str
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+
+    def rows(self, first: int, last: int) -> _Part:
+        """Some of its first dimension."""
+        return self._replace(starts=(self.starts[0] + first, *self.starts[1:]), sizes=(last - first, *self.sizes[1:]))
+
+
+def _tensors(plan: LoadPlan) -> list[ReadItem]:
+    return [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+
+
+class _Shared(NamedTuple):
+    """What several ranks want: who reads which rows of it. Of one without dimensions, and of a small one, all is one part."""
+
+    target: torch.Tensor | None  # None where this rank does not want it
+    ranks: list[int]
+    parts: list[tuple[int, int, int]]  # (rank, first row, last row)
+
+
+class _Together:
+    """Ranks of a group that read what several of them want once, and hand it on.
+
+    All ranks take part, with what they want, if that is nothing. Everything is planned by each rank alone, out of what all
+    have told: so the plans are the same. Then all read, and then all hand on: what goes wrong in reading is known to all
+    before anybody waits for what will not come.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, file: _File) -> None:
+        self._group, self._file = group, file
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+
+    def read(self, wanted: list[tuple[_Part, torch.Tensor]]) -> None:
+        """Fill the targets. Raises: as reading does; RuntimeError where another rank could not."""
+        targets = dict(wanted)
+        error: Exception | None = None
+        shared: list[_Shared] = []
+        said = self._told([part for part, _ in wanted])
+        try:
+            shared = self._plan(said, targets)
+        except Exception as caught:
+            error = caught
+        others = self._told(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [(rank, text) for rank, text in enumerate(others) if text is not None]
+        if failed:
+            raise RuntimeError(f"rank {failed[0][0]} of the group could not read its part: {failed[0][1]}")
+        self._hand_on(shared)
+
+    def _told(self, value: Any) -> list[Any]:
+        """What each rank says, by rank."""
+        found: list[Any] = [None] * self._size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _plan(self, said: list[list[_Part]], targets: dict[_Part, torch.Tensor]) -> list[_Shared]:
+        """Read what this rank is to read; -> what is to be handed on, in an order that all ranks have."""
+        holders: dict[_Part, list[int]] = {}
+        for rank, parts in enumerate(said):
+            for part in parts:
+                holders.setdefault(part, []).append(rank)
+        busy = [0] * self._size  # bytes that each rank reads
+        shared = []
+        for part in sorted(holders, key=lambda part: (self._file.place(part.name), part)):
+            ranks, target = holders[part], targets.get(part)
+            if len(ranks) == 1:
+                if target is not None:
+                    self._file.read(part, target)
+                continue
+            count = math.prod(part.sizes)
+            rows = part.sizes[0] if part.sizes else 1
+            if count < len(ranks) * MANY or rows < len(ranks):
+                cut = [(min(ranks, key=lambda rank: busy[rank]), 0, rows)]
+            else:
+                ends = [rows * i // len(ranks) for i in range(len(ranks) + 1)]
+                cut = [(rank, first, last) for rank, first, last in zip(ranks, ends, ends[1:])]
+            for rank, first, last in cut:
+                busy[rank] += count * (last - first) // max(rows, 1)
+                if rank == self._rank and target is not None:
+                    mine = part.rows(first, last) if part.sizes else part
+                    self._file.read(mine, target[first:last] if part.sizes else target)
+            if count:
+                shared.append(_Shared(target, ranks, cut))
+        return shared
+
+    def _hand_on(self, shared: list[_Shared]) -> None:
+        """Each part from who has read it to who wants it; small ones that all want go together."""
+        together: dict[int, list[torch.Tensor]] = {}
+        for target, ranks, parts in shared:
+            for owner, first, last in parts:
+                if len(ranks) == self._size and len(parts) == 1 and target is not None:
+                    together.setdefault(owner, []).append(target)
+                elif len(ranks) == self._size and target is not None:
+                    self._broadcast(owner, [target[first:last]])
+                elif target is not None:
+                    self._send(owner, ranks, target[first:last] if target.dim() else target)
+        for owner in sorted(together):
+            batch: list[torch.Tensor] = []
+            for target in together[owner]:
+                if batch and (batch[0].device != target.device or sum(each.nbytes for each in batch) > BATCH_NBYTES):
+                    self._broadcast(owner, batch)
+                    batch = []
+                batch.append(target)
+            self._broadcast(owner, batch)
+
+    def _broadcast(self, owner: int, targets: list[torch.Tensor]) -> None:
+        if len(targets) == 1 and targets[0].is_contiguous():
+            dist.broadcast(_bytes_of(targets[0]), dist.get_global_rank(self._group, owner), group=self._group)
+            return
+        if owner == self._rank:
+            packed = torch.cat([_bytes_of(target) for target in targets])
+        else:
+            packed = torch.empty(sum(each.nbytes for each in targets), dtype=torch.uint8, device=targets[0].device)
+        dist.broadcast(packed, dist.get_global_rank(self._group, owner), group=self._group)
+        if owner != self._rank:
+            for target, content in zip(targets, torch.split(packed, [each.nbytes for each in targets])):
+                _put(content, target)
+
+    def _send(self, owner: int, ranks: list[int], target: torch.Tensor) -> None:
+        """To some ranks of the group."""
+        if owner == self._rank:
+            content = _bytes_of(target)
+            peers = [dist.get_global_rank(self._group, rank) for rank in ranks if rank != owner]
+            waiting = [dist.isend(content, peer, group=self._group) for peer in peers]
+        else:
+            content = torch.empty(target.nbytes, dtype=torch.uint8, device=target.device)
+            waiting = [dist.irecv(content, dist.get_global_rank(self._group, owner), group=self._group)]
+        for each in waiting:
+            if each is not None:
+                each.wait()
+        if owner != self._rank:
+            _put(content, target)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a contiguous one, its own."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _put(content: torch.Tensor, target: torch.Tensor) -> None:
+    if content.storage_offset() % target.element_size():
+        content = content.clone()  # a view of another dtype must be aligned
+    target.copy_(content.view(target.dtype).reshape(target.shape))
 
 
 class _Later:
@@ -225,15 +403,24 @@ class Loaded(NamedTuple):
     unexpected_keys: list[str]
 
 
-def load_sharded(model: torch.nn.Module, source: Any, *, strict: bool = True, **options: Any) -> Loaded:
+def load_sharded(
+    model: torch.nn.Module,
+    source: Any,
+    *,
+    strict: bool = True,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> Loaded:
     """Fill a model of FSDP2, tensor parallelism or any DTensors with its own parts of a checkpoint, without collectives.
 
-    Each rank reads what its shards need and nothing more; ranks do not wait for each other. Parameters must have memory
+    Each rank reads what its shards need and nothing more; ranks do not wait for each other, but for those of `group`, if
+    there is one. Parameters must have memory
     (`model.to_empty(device=...)` after a start on the meta device), and keep it: they are filled in place.
 
     Args:
         model: whose `state_dict()` has the names that the file has.
         source: as StorageReader takes it.
+        group: as StorageReader takes it: what is the same on all its ranks (a replicated model) is read once.
         **options: as StorageReader takes them.
         strict: raise where names or shapes differ, before anything is read. False fills what is in both.
 
@@ -241,7 +428,7 @@ def load_sharded(model: torch.nn.Module, source: Any, *, strict: bool = True, **
         RuntimeError: keys are missing or unexpected (strict); ValueError: a shape differs. Nothing was read then.
         OSError, CheckpointError: as reading does.
     """
-    reader = StorageReader(source, **options)
+    reader = StorageReader(source, group=group, **options)
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     try:
         metadata = reader.read_metadata()
