@@ -3,7 +3,7 @@
 #   make test     all tests, on the native backend and then on the pure one
 #   make test-numpy   those that need no torch, in an environment without it
 #   make real     fetch published checkpoints into tests/.cache, where the tests look for them (four wheels)
-#   make test-integrations   tests with transformers, accelerate, diffusers, peft, which it installs
+#   make test-integrations   tests with transformers, accelerate, diffusers, peft, ray, which it installs
 #   make fuzz     each fuzzer for FUZZ_SECONDS=60 (needs clang and its libFuzzer: Debian's clang, libclang-rt-14-dev)
 #   make sanitize the tests and the readers under AddressSanitizer, UBSan and ThreadSanitizer
 #   make bench    docs/performance.md and the table of the README (7 GB of files in benchmarks/.cache, 90 minutes)
@@ -29,7 +29,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
 DEV_PACKAGES := $(BUILD_PACKAGES) torch
-INTEGRATION_PACKAGES := transformers accelerate diffusers peft
+INTEGRATION_PACKAGES := transformers accelerate diffusers peft ray
 DOCS_PACKAGES := mkdocs-material mkdocstrings mkdocstrings-python
 BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib
 
@@ -131,7 +131,7 @@ $(VENV)/.integrations: $(VENV)/.installed
 	@touch $@
 
 test-integrations: $(VENV)/.integrations
-	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py tests/test_docs.py $(PYTEST_ARGS)
+	ZIPSLICER_REQUIRE_INTEGRATIONS=1 $(VENV)/bin/pytest tests/test_integrations.py tests/test_examples.py tests/test_docs.py $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------- fuzzers and sanitizers
 
@@ -194,7 +194,7 @@ COMMA := ,
 ASAN := .venv-asan
 SANITIZED_TESTS := archive arrays backend checkpoint composites concurrency conformance dcp dcp_source deferred differential \
     exports faults joined legacy module numpy_tensors pickling plan product program real_checkpoints safetensors_file scan \
-    shards source staging state_dict stream sweeps synthetic table tensors verify
+    shards source staging state_dict stream synthetic table tensors verify
 SANITIZE_FLAGS := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all
 DRIVER := fuzz/drive_reader.cc
 # ThreadSanitizer wants to know where memory lies; where that cannot be had, the kernel may place it well enough.

@@ -15,9 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 
 import zipslicer
@@ -154,6 +156,58 @@ def placements(folder: Path) -> bool:
     return good
 
 
+def tensor_parallel(folder: Path) -> bool:
+    """A plan of torch.distributed.tensor.parallel: columns of one matrix and rows of the next, which no rank has even."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    wanted, good = torch.load(folder / "model.pth"), True
+    ways: list[Any] = [load_sharded, by_reader]
+    for seed, how in enumerate(ways):
+        made = model(WIDE, 10 + seed)
+        parallelize_module(made[1], mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        how(made, folder / "model.pth")
+        good &= same(made.state_dict(), wanted)
+        good &= isinstance(made.state_dict()["1.up.weight"], DTensor)
+    return good
+
+
+def by_reader(made: torch.nn.Module, path: Path) -> None:
+    load(made.state_dict(), storage_reader=StorageReader(path))
+
+
+def folders(folder: Path) -> bool:
+    """What ranks save, whoever opens the folder has whole; and other ranks read their parts of it."""
+    world, good = dist.get_world_size(), True
+    made = sharded(model(WIDE, 12))
+    load_sharded(made, folder / "model.pth")
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.01)
+    made(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    own_model, own_optimizer = cast("tuple[Any, Any]", get_state_dict(made, optimizer))
+    mesh = init_device_mesh("cpu", (world // 2, 2))
+    wide = torch.arange(7 * 9.0).reshape(7, 9)
+    tensors = {
+        "columns": distribute_tensor(wide, mesh, [Replicate(), Shard(1)]),
+        "both": distribute_tensor(wide, mesh, [Shard(0), Shard(1)]),
+    }
+    where = folder / f"dcp-{world}"
+    save({"model": own_model, "optimizer": own_optimizer, "epoch": 3, **tensors}, checkpoint_id=where)
+    with zipslicer.load(where) as sd:
+        good &= all(torch.equal(sd["model"][name], full(value)) for name, value in own_model.items())
+        state = sd["optimizer"]["state"]
+        good &= all(
+            torch.equal(state[name][kind], full(value))
+            for name, values in own_optimizer["state"].items()
+            for kind, value in values.items()
+        )
+        good &= sd["epoch"] == 3 and all(torch.equal(sd[name], wide) for name in tensors)
+        other = sharded(model(WIDE, 13))
+        load_sharded(other, sd["model"])
+        good &= same(other.state_dict(), {name: full(value) for name, value in own_model.items()})
+    turned = {"both": zeros(7, 9, device_mesh=mesh, placements=[Shard(1), Shard(0)])}
+    load(turned, storage_reader=StorageReader(where))
+    return bool(good and torch.equal(full(turned["both"]), wide))
+
+
 def partly(folder: Path) -> bool:
     """allow_partial_load, other dtypes, a mapping that was renamed, and keys without a state dict."""
     state = {"even": torch.zeros(8, 12, dtype=torch.float64), "more": torch.ones(2)}
@@ -223,6 +277,19 @@ def together_or_not_at_all(folder: Path) -> bool:
     return False
 
 
+ALL = (
+    fsdp,
+    on_the_meta_device,
+    everything,
+    placements,
+    tensor_parallel,
+    folders,
+    partly,
+    together,
+    together_or_not_at_all,
+)
+
+
 def counted(folder: Path) -> list[dict[str, int]]:
     """Bytes that this rank reads of a file of 160 MB, and what its memory grows by, beside its share; by rows, by columns."""
     world = dist.get_world_size()
@@ -250,10 +317,7 @@ def chars() -> int:
 def rank(number: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=number, world_size=world)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {
-        each.__name__: each(folder)
-        for each in (fsdp, on_the_meta_device, everything, placements, partly, together, together_or_not_at_all)
-    }
+    found: dict[str, Any] = {each.__name__: each(folder) for each in ALL}
     if sys.platform == "linux":
         found["counted"] = counted(folder)
     (folder / f"found-{world}-{number}.json").write_text(json.dumps(found))

@@ -27,7 +27,7 @@ from zipslicer.errors import ArchiveError, UnsupportedError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # that is how it is meant
 
-CHECKS = ["fsdp", "on_the_meta_device", "everything", "placements", "partly", "together", "together_or_not_at_all"]
+CHECKS = [check.__name__ for check in distributed_ranks.ALL]
 
 
 @pytest.fixture(scope="module")

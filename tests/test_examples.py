@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,4 +35,5 @@ def test_workers() -> None:
     said = done.stdout.splitlines()
     assert int(said[0].rpartition(" ")[2].replace(",", "")) < 2000
     assert said[1:3] == ["DataLoader, 2 workers by fork: right", "DataLoader, 2 workers by spawn: right"]
-    assert said[3] in ("Ray: right", "Ray is not installed")
+    may_lack = [] if os.environ.get("ZIPSLICER_REQUIRE_INTEGRATIONS") == "1" else ["Ray is not installed"]
+    assert said[3] in ("Ray: right", *may_lack)

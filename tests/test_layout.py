@@ -23,7 +23,7 @@ FLOORS = [
 ]  # fmt: skip
 SPECIAL = {"__init__", "__main__", "_version"}
 OPENED = {
-    "state_dict": {"module", "notebook"},
+    "state_dict": {"module", "notebook", "prefetch"},
     "source": {"remote"},
 }  # side doors that a method opens when it is called, or that types are named of
 # Only tensors.py is the floor of torch; one other answers with a torch.dtype when asked for one, and one copies bytes where

@@ -105,6 +105,7 @@ class FolderSource:
         self._starts: list[int] = []
         self._regions: list[Tensor | Record] = []
         self._is_remote = is_url(folder.path)
+        self.keeps = not self._is_remote or cache_dir is not None
 
     def place(self, region: Tensor | Record) -> int:
         """Append what is to be read; -> where it begins."""

@@ -196,6 +196,10 @@ class RemoteFile:
             offset += len(found[0]) - found[1]
         return offset, max(0, end - offset)
 
+    @property
+    def keeps(self) -> bool:
+        return self._cache is not None
+
     @contextlib.contextmanager
     def ahead(self, extents: Iterable[tuple[int, int]]) -> Iterator[None]:
         """(offset, nbytes) of all that this thread will read within: fetched in file order, a few parts ahead."""

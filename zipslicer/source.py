@@ -69,6 +69,11 @@ class ByteSource(Protocol):
     handle: Handle
 
     @property
+    def keeps(self) -> bool:
+        """Whether what was read is near from then on, for every process of this machine: in the page cache, or another."""
+        ...
+
+    @property
     def ahead(self) -> Ahead | None:
         """Around reads, told of the (offset, nbytes) of each; None where waiting for them in turn is as good."""
         ...
@@ -90,6 +95,7 @@ class OpenFile:
     """
 
     ahead: None = None
+    keeps = True
 
     def __init__(self, fd: int, path: str | None = None, start: int = 0) -> None:
         self._fd = fd
@@ -200,6 +206,7 @@ class Memory:
     path: str | None = None
     origin: str | None = None
     ahead: None = None
+    keeps = False
     start = 0
 
     def __init__(self, content: Any) -> None:
@@ -236,6 +243,7 @@ class FileObject:
     path: str | None = None
     origin: str | None = None
     ahead: None = None
+    keeps = False
 
     def __init__(self, file: Any) -> None:
         self._file = file

@@ -852,6 +852,29 @@ class LazyStateDict(MutableMapping[Any, Any]):
             self._fill(made, dict(zip(filed := self._filed(), self._built(filed, bar))).__getitem__)
             return made
 
+    def prefetch(
+        self, *, rank: int = 0, world_size: int = 1, threads: int | None = None, progress: bool = False
+    ) -> int:
+        """Read this rank's share of the bytes of all tensors to where any process of this machine will find them.
+
+        That is the page cache for a file, and `cache_dir` for a URL. Of `world_size` processes of one machine each reads its
+        part, and what they then read themselves comes from there: so each byte is read once.
+
+        Args:
+            rank: of this process among those of the machine, torchrun's LOCAL_RANK.
+            world_size: how many there are, its LOCAL_WORLD_SIZE.
+            threads: as for reading a file.
+            progress: show a bar of bytes (needs tqdm).
+
+        Returns: how many bytes this was. Others may still be reading theirs: wait for them (a barrier).
+
+        Raises: ValueError where nothing would keep what is read: bytes, file objects, URLs without cache_dir=; and as reading.
+        """
+        from .prefetch import prefetch
+
+        with bar_of(progress, 0) as bar:
+            return prefetch(self, rank, world_size, threads, bar)
+
     def _built(self, positions: list[int], bar: Any = None) -> list[Any]:
         """Plain values, out of one read."""
         try:
