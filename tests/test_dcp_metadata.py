@@ -121,12 +121,16 @@ def test_chunks_that_overlap(tmp_path: Path) -> None:
 
 
 def test_many_chunks_are_compared_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = [((i, j), (1, 1)) for i in range(8) for j in range(8)]
-    folder = dcp_folders.chunked(tmp_path / "x", {"a": (torch.rand(8, 8), boxes)})
-    assert len(read(folder).entries[0].chunks) == 64
     monkeypatch.setattr("zipslicer.dcp_metadata.COMPARED", 100)
+    boxes = [((i, j), (1, 1)) for i in range(8) for j in range(8)]
+    folder = dcp_folders.chunked(tmp_path / "grid", {"a": (torch.rand(8, 8), boxes)})
+    assert len(read(folder).entries[0].chunks) == 64
+    boxes[:2] = [((0, 0), (1, 2))]
+    folder = dcp_folders.chunked(tmp_path / "none", {"a": (torch.rand(8, 8), boxes)})
     with pytest.raises(ArchiveError, match="too many chunks"):
         read(folder)
+    monkeypatch.undo()
+    assert len(read(folder).entries[0].chunks) == 63
 
 
 def test_what_cannot_be_read_yet(folder: Path) -> None:

@@ -50,7 +50,7 @@ KNOWN = frozenset(
     }
 )
 MOST_NBYTES = 1 << 62  # of all tensors together: positions are 64 bits
-COMPARED = 1 << 22  # pairs of chunks that are compared for overlaps; 64 x 64 ranks need a twentieth of it
+COMPARED = 1 << 22  # pairs of chunks that are compared for overlaps where chunks are no grid; some seconds
 
 Path = tuple[Union[str, int], ...]
 
@@ -107,13 +107,11 @@ class Folder(NamedTuple):
     Attributes:
         path: of `.metadata` itself: a path, or a URL.
         text: its bytes.
-        named: the globals it names.
         entries: tensors and values, in the order it has them.
     """
 
     path: str
     text: bytes
-    named: list[tuple[str, str]]
     entries: list[Tensor | Value]
 
     @property
@@ -152,7 +150,7 @@ def read_folder(
             source.close()
         graph = Graph(*backend.scan_pickle(text, actions(), machine_limits(limits, False)))
         said = _Said(Program(graph, {}, protocol_of(text)))
-        return Folder(path, text, graph.globals, _entries(said, limits))
+        return Folder(path, text, _entries(said, limits))
     except ZipSlicerError as error:
         raise error.located(path=without_secrets(path)) from None
 
@@ -181,10 +179,7 @@ class _Said:
 
     def items(self, position: int) -> dict[Any, int]:
         """Of a dict whose keys are text."""
-        program = self.program
-        if program.kinds[position] not in (Kind.DICT, Kind.ORDERED_DICT):
-            raise ArchiveError("no metadata of torch.distributed.checkpoint: a dict is missing")
-        return {self.text(p): p + 1 for p in program.pairs(program.payloads[position])}
+        return {self.text(p): p + 1 for p in self.pairs(position)}
 
     def pairs(self, position: int) -> range:
         """Positions of the keys of a dict."""
@@ -349,7 +344,7 @@ def _check_cover(tensor: Tensor, room: int) -> int:
     chunks = tensor.chunks
     if sum(numel(chunk.sizes) for chunk in chunks) != numel(tensor.sizes):
         raise ArchiveError("the chunks are not all of the tensor, or are more")
-    if len(chunks) < 2:
+    if len(chunks) < 2 or _is_grid(tensor):
         return 0
     # What starts before another ends, in the dimension that tells most of them apart.
     dim = max(range(len(tensor.sizes)), key=lambda d: len({chunk.starts[d] for chunk in chunks}))
@@ -365,6 +360,18 @@ def _check_cover(tensor: Tensor, room: int) -> int:
                 raise ArchiveError(f"two chunks have the same elements: those at {one.starts} and {chunk.starts}")
         active.append(chunk)
     return compared
+
+
+def _is_grid(tensor: Tensor) -> bool:
+    """Whether chunks are all cells of a grid, as meshes of ranks make them: then each element is in one."""
+    cells = 1
+    for dim, size in enumerate(tensor.sizes):
+        stretches = sorted({(chunk.starts[dim], chunk.sizes[dim]) for chunk in tensor.chunks})
+        ends = [start + n for start, n in stretches]
+        if [start for start, _ in stretches] != [0, *ends[:-1]] or ends[-1] != size:
+            return False
+        cells *= len(stretches)
+    return cells == len(tensor.chunks) == len({chunk.starts for chunk in tensor.chunks})
 
 
 def _check_windows(entries: Sequence[Tensor | Value]) -> None:
