@@ -31,7 +31,7 @@ BUILD_PACKAGES := cmake ninja pybind11 scikit_build_core
 DEV_PACKAGES := $(BUILD_PACKAGES) torch
 INTEGRATION_PACKAGES := transformers accelerate diffusers peft ray
 DOCS_PACKAGES := mkdocs-material mkdocstrings mkdocstrings-python
-BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib
+BENCH_PACKAGES := $(BUILD_PACKAGES) torch numpy safetensors lightning-fabric matplotlib fsspec aiohttp obstore
 
 NATIVE_SOURCES := pyproject.toml $(wildcard CMakeLists.txt csrc/*)
 PYTHON_FOLDERS := zipslicer tests benchmarks examples fuzz docs

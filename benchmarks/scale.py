@@ -46,7 +46,8 @@ class System:
         connection: of each connection.
         latency: until the first byte of an answer.
         rate: requests that the storage answers in a second.
-        opening: seconds that a rank takes before it asks for its tensors, the latency of its two requests not counted.
+        opening: seconds that a rank takes before it asks for its tensors, the latency of its two requests not counted, which
+            are made side by side.
         intake: bytes a second that one rank takes in; `cores` of a node can do so at a time.
     """
 
@@ -72,10 +73,10 @@ def simulate(system: System) -> float:
     """
     total = system.nodes * system.ranks
     sizes = [PART] * (system.nbytes // PART) + ([system.nbytes % PART] if system.nbytes % PART else [])
-    begin = system.opening + 2 * system.latency
+    begin = system.opening + system.latency
     turn, gap = begin, 1 / system.rate if system.rate else 0.0
     if system.rate:
-        turn = system.opening + 2 * total * gap + 2 * system.latency
+        turn = system.opening + 2 * total * gap + system.latency
     # Ranks in step: the k-th request of all of them is one bundle of `total` transfers, which share whatever is shared.
     waiting = list(reversed(sizes))
     starting: list[tuple[float, int]] = []  # (when the first byte comes, bytes)
@@ -92,12 +93,12 @@ def simulate(system: System) -> float:
 
     ask()
     while starting or moving:
-        pace = _pace(system, len(moving))
-        done = min((left / weight for left, weight in moving), default=float("inf")) / pace
+        paces = [pace * weight for pace, (_, weight) in zip(_paces(system, len(moving)), moving)]
+        done = min((left / pace for pace, (left, _) in zip(paces, moving) if pace), default=float("inf"))
         first = starting[0][0] - now if starting else float("inf")
         step = min(done, max(first, 0.0))
         now += step
-        moving = [(left - step * pace * weight, weight) for left, weight in moving]
+        moving = [(left - step * pace, weight) for pace, (left, weight) in zip(paces, moving)]
         moving = [each for each in moving if each[0] > 1]
         while starting and starting[0][0] <= now + 1e-12:
             # No two connections are quite as fast: else all end at once, over and over, and all wait for first bytes.
@@ -107,14 +108,25 @@ def simulate(system: System) -> float:
     return now
 
 
-def _pace(system: System, moving: int) -> float:
-    """Bytes a second of one transfer, of which each rank has so many."""
+def _paces(system: System, moving: int) -> list[float]:
+    """Bytes a second of each transfer of a rank, in the order that they were begun.
+
+    Outside, all transfers share alike. A rank takes in what it asked for first, and of the next ones what it has time for.
+    """
     if not moving:
-        return 1.0
-    total, each = system.nodes * system.ranks * moving, system.ranks * moving
-    limits = [system.storage / total, system.link / each, system.connection, system.intake / moving]
-    limits.append(system.intake * system.cores / each)
-    return min(limit for limit in limits if limit > 0)
+        return []
+    limits = [
+        system.storage / (system.nodes * system.ranks * moving),
+        system.link / (system.ranks * moving),
+        system.connection,
+    ]
+    fair = min((limit for limit in limits if limit > 0), default=float("inf"))
+    room = min(system.intake, system.intake * system.cores / system.ranks)
+    paces = []
+    for _ in range(moving):
+        paces.append(min(fair, room))
+        room -= paces[-1]
+    return paces
 
 
 # ---------------------------------------------------------------- a server with limits
@@ -253,6 +265,11 @@ HELD_OUT = [
     System(ranks=4, rate=20, latency=0.05),
     System(ranks=4, rate=15, storage=120 * MB),
     System(ranks=1, latency=0.2, connection=25 * MB, storage=300 * MB),
+    # These were chosen when the simulator was finished.
+    System(ranks=3, storage=180 * MB, latency=0.03),
+    System(ranks=1, connection=15 * MB, latency=0.3),
+    System(ranks=3, rate=25, connection=12 * MB),
+    System(ranks=2, latency=0.4, storage=350 * MB),
 ]
 
 

@@ -33,7 +33,7 @@ __all__ = ["RemoteFile"]
 
 BLOCK = 512 << 10  # bytes of the end, of the beginning, and of what a parser asks for
 KEPT = 16  # blocks
-PART = 8 << 20  # bytes of one request at most: the stores' own advice is 8 to 16 MB
+PART = 8 << 20  # bytes of one request, or an eighth more: the stores' own advice is 8 to 16 MB
 REQUESTS = int(os.environ.get("ZIPSLICER_REQUESTS", "16"))  # at a time, of one open file
 NEAR = 4096  # bytes between two ranges that are read along whatever they are, and
 FARTHEST = 1 << 20  # bytes that are, where they are few beside what is wanted around them:
@@ -313,7 +313,8 @@ def _parts(extents: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int
             merged.append([start, end, end - start])
     parts = []
     for start, end, _ in merged:
-        count = -(-(end - start) // PART)
+        # Not three for two parts and a local header, nor a small one at the end.
+        count = max(1, -(-(end - start - PART // 8) // PART))
         step = -(-(end - start) // count)
         parts += [(at, min(at + step, end)) for at in range(start, end, step)]
     return parts
