@@ -385,6 +385,8 @@ def document(stored: dict[str, Any], results: Results) -> str:
 
 MADE = """\
 Made by `make bench`, as are the plots; do not edit. All samples: [benchmarks/results.json](../benchmarks/results.json).
+Beside it: [writing and the command line](performance/writing.md), [several ranks](performance/ranks.md), and
+[how it scales](scale.md) past one machine.
 """
 
 METHOD = """\
