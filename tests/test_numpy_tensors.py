@@ -508,7 +508,6 @@ class Imitation:
         ({"dtype": "S3"}, TypeError, "floating-point"),
         ({"threads": 0}, ValueError, "threads"),
     ],
-    ids=repr,
 )
 def test_arguments_that_make_no_sense(keywords: dict[str, Any], error: type[Exception], says: str) -> None:
     file = makers.checkpoint(Pickle().raw(b"}").stop()).data
