@@ -246,7 +246,7 @@ def test_allow_gives_state_as_pickle_does() -> None:
 
 PLAIN = [
     {1, 2},
-    frozenset({1, "a"}),
+    frozenset({"a"}),
     b"bytes",
     bytearray(b"array"),
     1 + 2j,
