@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zipslicer
-from zipslicer.dcp_source import LONG_RUN, _boxes, _hull, _joined, _pieces, _scatter, row_major
-from zipslicer.plan import numel
+from zipslicer.dcp_source import LONG_RUN, _boxes, _hull, _joined, _pieces, _scatter
+from zipslicer.plan import numel, row_major
 
 torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():

@@ -361,12 +361,10 @@ def _write_dcp(
     shards = _shards([(item.name, item.nbytes) for item in items], limit)
     found.tensors, found.nbytes = len(tensors), sum(item.nbytes for item in tensors)
     storages: dict[Any, str] = {}
-    for item in tensors:
-        info = item.part.info if item.part is not None else None
-        if info is not None and info.storage_key and item.part is not None:
-            first = storages.setdefault((id(item.part._view), info.storage_key), item.name)
-            if first != item.name:
-                found.untied.append(item.name)
+    for item in items:
+        key = "" if item.part is None else item.part.info.storage_key
+        if item.part is not None and key and storages.setdefault((id(item.part._view), key), item.name) != item.name:
+            found.untied.append(item.name)
     with bar_of(progress, found.nbytes) as bar:
         found.files = write_folder(items, path, [[by_name[name] for name in shard] for shard in shards], bar)
 

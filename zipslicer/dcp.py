@@ -14,9 +14,9 @@ from typing import Any, Union
 from .archive import Archive, Listed
 from .backend import FIRST_NODE_KIND, NODE_FIELDS, STORAGE_FIELDS, TENSOR_FIELDS, Backend, Entry, Graph, Kind
 from .dcp_metadata import Folder, Tensor, Value, Window
-from .dcp_source import FolderSource, Record, row_major, table_of
+from .dcp_source import FolderSource, Record, table_of
 from .errors import ArchiveError, ZipSlicerError
-from .plan import numel
+from .plan import numel, row_major
 from .policy import DTYPES, Limits
 from .program import Program
 from .table import TensorTable
@@ -186,7 +186,7 @@ class _Columns:
         row = (storage, tensor.dtype, dtype.itemsize, 0, len(self.dims), len(tensor.sizes), 0, 0, count)
         self.tensors.extend(row)
         assert len(row) == TENSOR_FIELDS
-        self.dims.extend((*tensor.sizes, *row_major([max(n, 1) for n in tensor.sizes])))
+        self.dims.extend((*tensor.sizes, *row_major(tensor.sizes)))
         return len(self.tensors) // TENSOR_FIELDS - 1
 
     def splice(self, program: Program, names: Sequence[str]) -> tuple[int, int]:

@@ -92,6 +92,10 @@ class Tensor(NamedTuple):
     def nbytes(self) -> int:
         return numel(self.sizes) * DTYPES[self.dtype].itemsize
 
+    @property
+    def windows(self) -> list[Window]:
+        return [chunk.window for chunk in self.chunks]
+
 
 class Value(NamedTuple):
     """What it says of a value that is no tensor."""
@@ -99,6 +103,10 @@ class Value(NamedTuple):
     name: str
     path: Path
     window: Window
+
+    @property
+    def windows(self) -> list[Window]:
+        return [self.window]
 
 
 class Folder(NamedTuple):
@@ -117,12 +125,7 @@ class Folder(NamedTuple):
     @property
     def windows(self) -> list[Window]:
         """All archives, in the order of the files."""
-        found = [
-            each
-            for e in self.entries
-            for each in ([c.window for c in e.chunks] if isinstance(e, Tensor) else [e.window])
-        ]
-        return sorted(found)
+        return sorted(window for entry in self.entries for window in entry.windows)
 
 
 def is_metadata(path: str) -> bool:
@@ -376,11 +379,7 @@ def _is_grid(tensor: Tensor) -> bool:
 
 def _check_windows(entries: Sequence[Tensor | Value]) -> None:
     """Raises: ArchiveError: two lie on the same bytes."""
-    placed = []
-    for entry in entries:
-        windows = [chunk.window for chunk in entry.chunks] if isinstance(entry, Tensor) else [entry.window]
-        placed += [(window, entry.name) for window in windows]
-    placed.sort()
+    placed = sorted((window, entry.name) for entry in entries for window in entry.windows)
     for (one, name), (other, key) in itertools.pairwise(placed):
         if one.file == other.file and other.offset < one.offset + one.nbytes:
             raise ArchiveError(f"this lies on bytes of {name!r} in {one.file!r}", offset=other.offset, key=key)

@@ -16,13 +16,13 @@ from .archive import Archive, is_swapped
 from .backend import Backend, Handle
 from .dcp_metadata import Chunk, Folder, Tensor, Window
 from .errors import ArchiveError, ChangedError, TableError, UnsupportedError, ZipSlicerError
-from .plan import numel
+from .plan import numel, row_major
 from .policy import DTYPES, Limits
 from .program import run_program
 from .source import ByteSource, Closed, OpenFile, beside, is_url, open_source, read_into, without_secrets
 from .table import TensorTable
 
-__all__ = ["FolderSource", "Record", "row_major", "table_of"]
+__all__ = ["FolderSource", "Record", "table_of"]
 
 MOST_FILES = 200  # local ones that are open at a time: a process may have 1024 or fewer, and each rank wrote one
 SLAB = 8 << 20  # bytes that are read through at a time where the wanted ones are scattered among them
@@ -317,14 +317,6 @@ class _Reading:
 
 def _first(chunk: Chunk) -> int:
     return chunk.starts[0]
-
-
-def row_major(sizes: Sequence[int]) -> list[int]:
-    strides, run = [], 1
-    for n in reversed(sizes):
-        strides.append(run)
-        run *= n
-    return strides[::-1]
 
 
 def _boxes(sizes: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

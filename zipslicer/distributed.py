@@ -116,7 +116,7 @@ class StorageReader(_StorageReader):
         file = self._file
         assert file is not None, "read_metadata comes before read_data"
         try:
-            wanted: list[tuple[_Part, torch.Tensor]] = []
+            wanted: list[tuple[ReadItem, _Part, torch.Tensor]] = []
             for item in file.in_order(plan.items):
                 if item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, file.pickled(item.storage_index.fqn))
@@ -129,10 +129,10 @@ class StorageReader(_StorageReader):
                     file.read(part, target)
                     planner.commit_tensor(item, target)
                 else:
-                    wanted.append((part, target))
+                    wanted.append((item, part, target))
             if self._group is not None:
-                _Together(self._group, file).read(wanted)
-                for item, (_, target) in zip(file.in_order(_tensors(plan)), wanted):
+                _Together(self._group, file).read({part: target for _, part, target in wanted})
+                for item, _, target in wanted:
                     planner.commit_tensor(item, target)
         finally:
             self._close()
@@ -216,10 +216,6 @@ class _Part(NamedTuple):
         return self._replace(starts=(self.starts[0] + first, *self.starts[1:]), sizes=(last - first, *self.sizes[1:]))
 
 
-def _tensors(plan: LoadPlan) -> list[ReadItem]:
-    return [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-
-
 class _Shared(NamedTuple):
     """What several ranks want: who reads which rows of it. Of one without dimensions, and of a small one, all is one part."""
 
@@ -240,12 +236,11 @@ class _Together:
         self._group, self._file = group, file
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
-    def read(self, wanted: list[tuple[_Part, torch.Tensor]]) -> None:
+    def read(self, targets: dict[_Part, torch.Tensor]) -> None:
         """Fill the targets. Raises: as reading does; RuntimeError where another rank could not."""
-        targets = dict(wanted)
         error: Exception | None = None
         shared: list[_Shared] = []
-        said = self._told([part for part, _ in wanted])
+        said = self._told(list(targets))
         try:
             shared = self._plan(said, targets)
         except Exception as caught:
@@ -270,7 +265,7 @@ class _Together:
         for rank, parts in enumerate(said):
             for part in parts:
                 holders.setdefault(part, []).append(rank)
-        busy = [0] * self._size  # bytes that each rank reads
+        busy = [0] * self._size  # elements that each rank reads
         shared = []
         for part in sorted(holders, key=lambda part: (self._file.place(part.name), part)):
             ranks, target = holders[part], targets.get(part)
@@ -307,11 +302,13 @@ class _Together:
                     self._send(owner, ranks, target[first:last] if target.dim() else target)
         for owner in sorted(together):
             batch: list[torch.Tensor] = []
+            nbytes = 0
             for target in together[owner]:
-                if batch and (batch[0].device != target.device or sum(each.nbytes for each in batch) > BATCH_NBYTES):
+                if batch and (batch[0].device != target.device or nbytes > BATCH_NBYTES):
                     self._broadcast(owner, batch)
-                    batch = []
+                    batch, nbytes = [], 0
                 batch.append(target)
+                nbytes += target.nbytes
             self._broadcast(owner, batch)
 
     def _broadcast(self, owner: int, targets: list[torch.Tensor]) -> None:

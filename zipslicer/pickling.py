@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from .backend import FIRST_NODE_KIND, Kind
 from .errors import UnsupportedError
+from .plan import row_major
 from .policy import DTYPES, Description, Placeholder, describe
 from .program import ARGS, CALLABLE, KWARGS, STATE, Program
 from .state_dict import FileDescription, LazySequence, LazySlice, LazyStateDict, Touched, View
@@ -154,7 +155,7 @@ class Pickler:
         """A contiguous tensor that fills a storage."""
         typed = DTYPES[dtype].storage is not None
         self._rebuild(typed)
-        self._row_arguments(dtype, kept, 0, sizes, _row_major(sizes), "cpu", 0, typed)
+        self._row_arguments(dtype, kept, 0, sizes, row_major(sizes), "cpu", 0, typed)
         self._out += REDUCE
 
     def finish(self) -> bytes:
@@ -864,11 +865,3 @@ def _is_plain(tensor: Any) -> bool:
 def _is_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(sizes):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))

@@ -10,7 +10,19 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "Piece", "Sliced", "blocks", "hull", "index", "is_contiguous", "may_overlap", "numel", "pieces"]
+__all__ = [
+    "Geometry",
+    "Piece",
+    "Sliced",
+    "blocks",
+    "hull",
+    "index",
+    "is_contiguous",
+    "may_overlap",
+    "numel",
+    "pieces",
+    "row_major",
+]
 
 LONG_RUN = 512  # bytes; shorter runs are cheaper read with what lies between them than named one by one
 FAR_APART = 16384  # bytes between runs from which on skipping is cheaper than reading through, whatever the run
@@ -62,6 +74,15 @@ def numel(sizes: Sequence[int]) -> int:
     for n in sizes:
         count *= n
     return count
+
+
+def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for n in reversed(sizes):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def hull(geometry: Geometry) -> int:

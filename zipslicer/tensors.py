@@ -19,7 +19,7 @@ from .arrays import array_value, floating_dtype
 from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Allocate, Hot, Job, Kind, Maker
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
-from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces
+from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces, row_major
 from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
 from .program import ARGS, Builder
 from .source import OpenFile
@@ -806,7 +806,7 @@ class TensorReader(RowReader):
         for piece in pieces(geometry, itemsize):
             sizes, strides = piece.geometry.sizes, piece.geometry.strides
             if piece.run_numel:
-                part = viewed(self._read_runs(row, piece, unit), sizes, _row_major(sizes))
+                part = viewed(self._read_runs(row, piece, unit), sizes, row_major(sizes))
             else:
                 start, extent = piece.geometry.storage_offset, hull(piece.geometry)
                 part = viewed(self._storage(row.storage, start * itemsize, extent * itemsize, unit), sizes, strides)
@@ -1101,14 +1101,6 @@ def _find(kinds: bytes, kind: int) -> list[int]:
         found.append(at)
         at = kinds.find(kind, at + 1)
     return found
-
-
-def _row_major(sizes: Sequence[int]) -> tuple[int, ...]:
-    strides, run = [], 1
-    for n in reversed(sizes):
-        strides.append(run)
-        run *= n
-    return tuple(reversed(strides))
 
 
 class _Place:
