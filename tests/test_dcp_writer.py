@@ -233,6 +233,14 @@ def test_a_format_that_there_is_not(source: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "x", format="gguf")
 
 
+def test_a_file_of_a_folder_is_not_overwritten(source: Path, tmp_path: Path) -> None:
+    convert(source, f"{tmp_path}/out/")
+    before = (tmp_path / "out" / ".metadata").read_bytes()
+    with pytest.raises(ValueError, match="name the folder"):
+        convert(source, tmp_path / "out" / ".metadata")
+    assert (tmp_path / "out" / ".metadata").read_bytes() == before
+
+
 CONVERTS = """
 import sys, zipslicer
 source, target = sys.argv[1:]

@@ -19,6 +19,7 @@ from .archive import Archive
 from .backend import COMPLEX, DIFFERENTIABLE, Kind
 from .checkpoint import Checkpoint
 from .checkpoint import open as open_checkpoint
+from .dcp_metadata import is_metadata
 from .dcp_writer import Item, items_of, write_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import DTYPES, dtype_named
@@ -165,6 +166,8 @@ def _format_of(path: str, wanted: str | None) -> str:
     """Raises: ValueError."""
     if wanted is not None and wanted not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {wanted!r}")
+    if is_metadata(path):
+        raise ValueError(f"{path!r} is a file of a folder: name the folder, with a slash at its end")
     if wanted is not None:
         return wanted
     if path.endswith(("/", os.sep)):
