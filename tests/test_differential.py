@@ -24,6 +24,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from zipslicer import _pure, policy
+from zipslicer._pure import extent as pure_extent
 from zipslicer.backend import COUNTED, ENTRY_FIELDS, JOB_FIELDS, Entry, Hot, Kind, Maker
 from zipslicer.errors import ChangedError, ZipSlicerError
 from zipslicer.source import Memory
@@ -474,6 +475,27 @@ def test_runs(
             native.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
         with pytest.raises(ValueError, match="is not for"):
             _pure.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
+
+
+@pytest.mark.parametrize("start", [0, 3, 200_000])
+def test_a_record_that_another_thread_proves_meanwhile(monkeypatch: pytest.MonkeyPatch, start: int) -> None:
+    """Whoever finds a guess holds on to it: at a second look the truth may stand in its place."""
+    payload = bytes(range(256)) * 1000
+    content = makers.checkpoint(b"N.", {"0": payload}).data
+    offset, nbytes, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + nbytes]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    (record,) = _pure.find_records(block, entries, b"archive/data/", b"0", [1])
+    preadv = pure_extent._preadv
+
+    def after_another_thread(handle: Any) -> Any:
+        monkeypatch.setattr(pure_extent, "_preadv", preadv)
+        _pure.read_record(handle, b"", block, entries, record, 0, 0)
+        return preadv(handle)
+
+    monkeypatch.setattr(pure_extent, "_preadv", after_another_thread)
+    found = _pure.read_record(Memory(content), b"", block, entries, record, start, 50)
+    assert bytes(found) == payload[start : start + 50]
 
 
 class Made:

@@ -252,7 +252,7 @@ def _read_record(
         if payload >= 0:
             _fill(preadv, [view], payload + start)
         else:
-            _read_unproved(preadv, block, entries, record, start, view)
+            _read_unproved(preadv, block, entries, record, ~payload, start, view)
     except ArchiveError:
         _check_stamp(handle, stamp)  # a file rewritten under us is not an archive that lies
         raise
@@ -331,11 +331,14 @@ def _made(hot: Any, row: tuple[int, ...], nbytes: int) -> tuple[Any, Any]:
     return made, memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
-def _read_unproved(preadv: Preadv, block: bytes, entries: Any, record: int, start: int, view: memoryview) -> None:
-    """Read a payload and the header that proves where it is: in one call where the guess is right and they are near."""
-    rows = memoryview(entries).cast("q")
-    header = rows[record * ENTRY_FIELDS]
-    guess = ~rows[record * ENTRY_FIELDS + 1]
+def _read_unproved(
+    preadv: Preadv, block: bytes, entries: Any, record: int, guess: int, start: int, view: memoryview
+) -> None:
+    """Read a payload and the header that proves where it is: in one call where the guess is right and they are near.
+
+    The guess is handed over, not read again: another thread may have written the truth in its place since.
+    """
+    header = memoryview(entries).cast("q")[record * ENTRY_FIELDS]
     near = guess - header + start <= HEADER_ROOM
     if near:
         head = bytearray(guess - header + start)
