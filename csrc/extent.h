@@ -179,7 +179,7 @@ class Memory {
  private:
   unsigned char* data_ = nullptr;
   std::size_t nbytes_;
-  std::size_t mapped_ = 0;  // bytes to unmap; 0: the memory came from malloc
+  [[maybe_unused]] std::size_t mapped_ = 0;  // bytes to unmap; 0: the memory came from malloc
 };
 
 }  // namespace zipslicer

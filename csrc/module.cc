@@ -260,7 +260,7 @@ std::vector<Job> jobs_of(const py::handle& bytes) {
 
 // ---- readers ----
 
-void poll_signals() {
+[[maybe_unused]] void poll_signals() {  // Windows has no reads that poll
   const py::gil_scoped_acquire held;
   if (PyErr_CheckSignals() != 0) {
     throw py::error_already_set();
