@@ -36,33 +36,25 @@ PYTHON_FOLDERS = ("zipslicer", "tests", "benchmarks", "examples", "fuzz", "docs"
 CORE = ("csrc/directory.cc", "csrc/machine.cc", "csrc/extent.cc")
 # The tests of what calls the C++: those of writers, of the command line and of pages call nothing that these do not, and
 # take twice as long, since the programs that they start are slow to begin under a sanitizer.
-CALLS_NATIVE = (
-    *("archive", "arrays", "backend", "checkpoint", "composites", "concurrency", "conformance", "dcp", "dcp_source"),
-    *(
-        "deferred",
-        "differential",
-        "exports",
-        "faults",
-        "joined",
-        "legacy",
-        "module",
-        "numpy_tensors",
-        "pickling",
-        "plan",
-    ),
-    *(
-        "product",
-        "program",
-        "real_checkpoints",
-        "safetensors_file",
-        "scan",
-        "shards",
-        "source",
-        "staging",
-        "state_dict",
-    ),
-    *("stream", "synthetic", "table", "tensors", "verify"),
-)
+CALLS_NATIVE = [
+    ROOT / "tests" / f"test_{name}.py"
+    for name in (
+        *(
+            "archive",
+            "arrays",
+            "backend",
+            "checkpoint",
+            "composites",
+            "concurrency",
+            "conformance",
+            "dcp",
+            "dcp_source",
+        ),
+        *("deferred", "differential", "exports", "faults", "joined", "legacy", "module", "numpy_tensors", "opening"),
+        *("pickling", "plan", "product", "program", "real_checkpoints", "safetensors_file", "scan", "shards", "source"),
+        *("staging", "state_dict", "stream", "synthetic", "table", "tensors", "verify"),
+    )
+]
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"  # what nox runs on
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
@@ -316,7 +308,7 @@ def coverage(session: nox.Session) -> None:
     counted = Environment(session, ".venv-gcov").plain(
         f"-Cbuild-dir={built}", compiler="--coverage -O0 -fprofile-update=atomic", behind=environment
     )
-    tests_of_native(session, counted, environment)
+    pytest_elsewhere(counted, environment.bin / "pytest", session.posargs, CALLS_NATIVE, ZIPSLICER_BACKEND="native")
     session.log("csrc/, by gcov")
     environment.run(
         *("gcovr", "--root", ".", "--object-directory", built, "--filter", "csrc/", "--exclude-throw-branches"),
@@ -324,25 +316,17 @@ def coverage(session: nox.Session) -> None:
     )
 
 
-def tests_of_native(session: nox.Session, plain: Environment, behind: Environment, **env: str) -> None:
-    """The tests of what calls the C++, with the native module of `plain`; pytest is that of `behind`."""
-    folder = ROOT / "build" / "elsewhere"  # where no folder zipslicer/ lies
+def pytest_elsewhere(
+    plain: Environment, program: Path, arguments: Iterable[str], paths: Iterable[Path], **env: str
+) -> None:
+    """Tests of what `plain` has installed, in a folder where no folder zipslicer/ lies; `program` is the pytest."""
+    folder = ROOT / "build" / "elsewhere"
     folder.mkdir(parents=True, exist_ok=True)
-    with session.chdir(folder):
+    with plain.session.chdir(folder):
         plain.run(
-            *(
-                "python",
-                behind.bin / "pytest",
-                "-c",
-                ROOT / "pyproject.toml",
-                "--rootdir",
-                ROOT,
-                "-p",
-                "no:cacheprovider",
-            ),
-            *session.posargs,
-            *(ROOT / "tests" / f"test_{name}.py" for name in CALLS_NATIVE),
-            env={"ZIPSLICER_BACKEND": "native", **env},
+            *("python", program, "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider"),
+            *(*arguments, *paths),
+            env=env,
         )
 
 
@@ -370,8 +354,9 @@ def sanitize(session: nox.Session) -> None:
     sanitized = Environment(session, ".venv-asan").plain(compiler=flags, behind=environment)
     # Python and torch are not instrumented: the runtime is loaded before them, and what they never free is not asked about.
     runtimes = [said(*CXX, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
-    tests_of_native(
-        *(session, sanitized, environment),
+    pytest_elsewhere(
+        *(sanitized, environment.bin / "pytest", session.posargs, CALLS_NATIVE),
+        ZIPSLICER_BACKEND="native",
         ZIPSLICER_SANITIZED="1",
         OMP_NUM_THREADS="1",
         ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
@@ -506,7 +491,7 @@ def wheels(session: nox.Session) -> None:
         installed.pip(f"{wheel}[{'dev' if has_torch else 'numpy'}]", "pytest", "pytest-xdist", "hypothesis", *packages)
         expect(installed, backend)
         env = {"ZIPSLICER_BACKEND": backend, "ZIPSLICER_WITHOUT_TORCH": "" if has_torch else "1"}
-        installed.run("pytest", "-p", "no:cacheprovider", *arguments, env=env)
+        pytest_elsewhere(installed, installed.bin / "pytest", arguments, [ROOT / "tests"], **env)
     with_compiler = empty(session, "sdist-with-a-compiler", interpreter(OWN))
     with_compiler.pip(str(sdist))
     expect(with_compiler, "native")
@@ -525,7 +510,7 @@ def expect(environment: Environment, backend: str) -> None:
     """The command says which backend it is of."""
     answer = said(str(environment.bin / "zipslicer"), "--version")
     environment.session.log(answer)
-    if f"{backend} backend" not in answer:
+    if f"({backend})" not in answer:
         environment.session.error(f"{environment.folder} should be of the {backend} backend")
 
 

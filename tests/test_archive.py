@@ -13,8 +13,8 @@ import zipslicer
 from zipslicer.archive import Archive
 from zipslicer.backend import choose
 from zipslicer.errors import ArchiveError, ProgramError, UnsupportedError
+from zipslicer.opening import open_source
 from zipslicer.policy import Limits
-from zipslicer.source import open_source
 
 RECORDS = [("a/data.pkl", b"N."), ("a/byteorder", b"little"), ("a/data/0", b"0123"), ("a/\u00fc", b"umlaut")]
 

@@ -11,8 +11,8 @@ import zipslicer
 from zipslicer.archive_writer import ArchiveWriter
 from zipslicer.backend import choose
 from zipslicer.exports import any_archive
+from zipslicer.opening import open_source
 from zipslicer.replacement import Replacement
-from zipslicer.source import open_source
 
 
 def test_payloads_are_aligned_and_tools_read_the_archive(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def path(wanted: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def shares(sd: Any, world_size: int) -> list[list[tuple[int, int]]]:
-    cells = list(_cells(sd))
+    cells = list(_cells([(sd._view.table, list(sd._filed()))]))
     return [
         [extent for cell in _share(cells, rank, world_size) for extent in cell.wanted] for rank in range(world_size)
     ]

@@ -17,11 +17,12 @@ from .errors import ArchiveError, ChangedError
 from .exports import any_archive, is_checkpoint, is_config, is_package, read_config, read_layout
 from .joined import join
 from .legacy import Legacy, open_archive
+from .opening import open_source
 from .policy import Limits
 from .program import run_program
 from .safetensors_file import is_safetensors, safetensors_table
 from .shards import ShardedView, locate, read_index
-from .source import ByteSource, OpenFile, open_source
+from .source import ByteSource, OpenFile
 from .state_dict import LazyStateDict, View
 from .stream import bar_of
 from .table import TensorTable

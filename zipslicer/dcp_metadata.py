@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Union
 
 from .backend import Backend, Graph, Kind
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
+from .opening import open_source
 from .plan import numel
 from .policy import DTYPES, Limits, Meaning, actions, dtype_named, machine_limits
 from .program import ARGS, Program, protocol_of
-from .source import is_outside, open_source, read_at, without_secrets
+from .source import is_outside, read_at, without_secrets
 
 __all__ = [
     "KNOWN",

@@ -16,10 +16,11 @@ from .archive import Archive, is_swapped
 from .backend import Backend, Handle
 from .dcp_metadata import Chunk, Folder, Tensor, Window
 from .errors import ArchiveError, ChangedError, TableError, UnsupportedError, ZipSlicerError
+from .opening import open_source
 from .plan import numel, row_major
 from .policy import DTYPES, Limits
 from .program import run_program
-from .source import ByteSource, Closed, OpenFile, beside, is_url, open_source, read_into, without_secrets
+from .source import ByteSource, Closed, OpenFile, beside, is_url, read_into, without_secrets
 from .table import TensorTable
 
 __all__ = ["FolderSource", "Record", "table_of"]

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from .errors import ZipSlicerError
+from .lazy import Lazy, materialize
 from .plan import hull
-from .state_dict import LazyStateDict, materialize
 from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
 from .tensors import bump, has_memory
 
 __all__ = ["KeyMap", "LoadReport", "load_into"]
 
+Source = Any  # a LazyStateDict, which lies above this floor
 KeyMap = Union[Callable[[Any], Any], Mapping[Any, Any]]
 
 CHUNK_NBYTES = 16 << 20  # of what is read through a buffer
@@ -64,7 +65,7 @@ class Task(NamedTuple):
 
 
 def load_into(
-    source: LazyStateDict,
+    source: Source,
     target: Any,
     *,
     strict: bool = True,
@@ -88,7 +89,7 @@ def load_into(
     raise TypeError(f"load_into fills a module, an optimizer or a mapping of tensors, not {type(target).__name__}")
 
 
-def _renamed(source: LazyStateDict, key_map: KeyMap | None) -> LazyStateDict:
+def _renamed(source: Source, key_map: KeyMap | None) -> Source:
     """A copy with other names; a name that becomes None is left out."""
     made = source.copy()
     if key_map is None:
@@ -102,9 +103,7 @@ def _renamed(source: LazyStateDict, key_map: KeyMap | None) -> LazyStateDict:
 class _Loading:
     """One call of load_into."""
 
-    def __init__(
-        self, torch: Any, source: LazyStateDict, strict: bool, assign: bool, dtype: Any, progress: bool
-    ) -> None:
+    def __init__(self, torch: Any, source: Source, strict: bool, assign: bool, dtype: Any, progress: bool) -> None:
         self.torch = torch
         self.source = source
         self.strict, self.assign, self.dtype, self.progress = strict, assign, dtype, progress
@@ -131,7 +130,7 @@ class _Loading:
 
     def module(self, target: Any) -> LoadReport:
         """As Module.load_state_dict goes through it, in two rounds: what can be told is told before the first read."""
-        rest: list[tuple[Any, str, LazyStateDict]] = []
+        rest: list[tuple[Any, str, Source]] = []
         after: list[Any] = []
         tasks: list[Task] = []
         extra: list[tuple[Any, str]] = []
@@ -206,7 +205,7 @@ class _Loading:
     ) -> list[Task]:
         """One value of a parameter's state: filled where it is, or put into `made`."""
         torch = self.torch
-        info = values.get_meta(key) if isinstance(values, LazyStateDict) else None
+        info = values.get_meta(key) if isinstance(values, Lazy) else None
         if info is None:
             made[key] = _moved(torch, param, materialize(values[key]))
             return []
@@ -228,10 +227,10 @@ class _Loading:
         self,
         module: Any,
         prefix: str,
-        own: LazyStateDict,
+        own: Source,
         tasks: list[Task],
         extra: list[tuple[Any, str]],
-        rest: list[tuple[Any, str, LazyStateDict]],
+        rest: list[tuple[Any, str, Source]],
         after: list[Any],
     ) -> None:
         """Tasks for a module and those in it. `own`: the part of the source below the prefix."""
@@ -274,7 +273,7 @@ class _Loading:
             )
         )
 
-    def _by_itself(self, module: Any, prefix: str, own: LazyStateDict) -> None:
+    def _by_itself(self, module: Any, prefix: str, own: Source) -> None:
         """Let a module load in its own way, out of a mapping that reads what it asks for. Then those in it."""
         metadata = self.source._metadata or {}
         local = dict(metadata.get(prefix[:-1], {}))
@@ -302,7 +301,7 @@ class _Loading:
                 continue
             tasks: list[Task] = []
             extra: list[tuple[Any, str]] = []
-            rest: list[tuple[Any, str, LazyStateDict]] = []
+            rest: list[tuple[Any, str, Source]] = []
             self._visit(child, below, part, tasks, extra, rest, [])
             self._run(tasks)
             for each, key in extra:
@@ -312,7 +311,7 @@ class _Loading:
 
     # ---------------------------------------------------------------- one tensor
     def _tasks(
-        self, own: LazyStateDict, key: Any, target: Any, put: Callable[[Any], None] | None, name: Any = None
+        self, own: Source, key: Any, target: Any, put: Callable[[Any], None] | None, name: Any = None
     ) -> list[Task]:
         """What is to be done for a tensor of the target; nothing for what cannot be, or is done already. `name`: in the
         report, where that is not the key.

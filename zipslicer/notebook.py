@@ -1,16 +1,17 @@
 """Notebook: a mapping in, a collapsible tree of HTML out, by the dots in its keys and by what is nested in it.
 
-Side door of state_dict, for Jupyter and its like. No script and no style sheet: `<details>` opens and closes by itself. All
+For Jupyter and its like. No script and no style sheet: `<details>` opens and closes by itself. All
 text of the file is escaped, and how much of it is shown is bounded.
 """
 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import ZipSlicerError, printable
-from .state_dict import LazySequence, LazyStateDict, size_text, summary
+from .lazy import Lazy, size_text, summary
 from .table import TensorInfo
 
 __all__ = ["tree"]
@@ -25,7 +26,7 @@ Branch = dict[
 ]  # a name, with 0 for a level of dotted keys, or a number of its own -> what is there
 
 
-def tree(mapping: LazyStateDict, title: str) -> str:
+def tree(mapping: Lazy, title: str) -> str:
     """HTML of a mapping, with the title above it."""
     left = [LEAVES]
     root = _branch(mapping, left, DEEPEST)
@@ -38,7 +39,7 @@ def tree(mapping: LazyStateDict, title: str) -> str:
 def _branch(value: Any, left: list[int], depth: int) -> Branch:
     """What is in a container, each dotted key at its place; until there is no room left."""
     made: Branch = {}
-    keys = value if isinstance(value, LazyStateDict) else range(len(value))
+    keys = value if isinstance(value, Mapping) else range(len(value))
     for key in keys:
         left[0] -= 1
         if left[0] < 0:
@@ -58,7 +59,7 @@ def _leaf(value: Any, key: Any, left: list[int], depth: int) -> Any:
         child = value[key]
     except ZipSlicerError as error:
         return type(error).__name__, summary(str(error))
-    if isinstance(child, (LazyStateDict, LazySequence)) and depth > 0:
+    if isinstance(child, Lazy) and depth > 0:
         return _branch(child, left, depth)
     return type(child).__name__, summary(child)
 

@@ -1,4 +1,4 @@
-"""Prefetch: a mapping in, one rank's share of the bytes of its tensors read to where whoever reads them next will find them.
+"""Prefetch: tensors in, one rank's share of their bytes read to where whoever reads them next will find them.
 
 That is the page cache for a file, and the folder of `cache_dir` for a URL: both are of the node, and not of the process.
 So of N processes each reads 1/N of what all of them want, and nothing crosses the network twice.
@@ -6,18 +6,21 @@ So of N processes each reads 1/N of what all of them want, and nothing crosses t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from .backend import Entry
 from .source import ByteSource, read_into
-from .state_dict import LazyStateDict, View
+from .table import TensorTable
 from .tensors import _below, default_threads
 
 __all__ = ["prefetch"]
 
 CELL = 8 << 20  # bytes; a file is shared out by stretches of so many, which are also the parts that a cache keeps
+
+
+Places = Iterable[tuple[TensorTable, list[int]]]  # of each file its table, and positions in it
 
 
 class _Cell(NamedTuple):
@@ -32,14 +35,14 @@ class _Cell(NamedTuple):
         return sum(nbytes for _, nbytes in self.wanted)
 
 
-def prefetch(values: LazyStateDict, rank: int, world_size: int, threads: int | None, bar: Any) -> int:
-    """Read the share of a rank; -> its bytes.
+def prefetch(places: Places, rank: int, world_size: int, threads: int | None, bar: Any) -> int:
+    """Read the share of a rank of the tensors there; -> its bytes.
 
     Raises: ValueError: there is no such rank, or nothing that would keep what is read; and as reading does.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"of {world_size} ranks there is no rank {rank}")
-    cells = list(_cells(values))
+    cells = list(_cells(places))
     for source in {id(cell.source): cell.source for cell in cells}.values():
         if not source.keeps:
             raise ValueError("nothing would keep what is read: prefetch is of files, and of URLs with cache_dir=")
@@ -54,16 +57,12 @@ def prefetch(values: LazyStateDict, rank: int, world_size: int, threads: int | N
     return sum(cell.nbytes for cell in share)
 
 
-def _cells(values: LazyStateDict) -> Iterator[_Cell]:
+def _cells(places: Places) -> Iterator[_Cell]:
     """All that has bytes of the tensors, file by file, in the order of their bytes."""
-    views: dict[int, tuple[View, list[int]]] = {}
-    for position in values._filed():
-        view, place = values._view.at(position)
-        views.setdefault(id(view), (view, []))[1].append(place)
-    for view, places in views.values():
-        archive = view.table.archive
+    for table, positions in places:
+        archive = table.archive
         found: dict[int, list[tuple[int, int]]] = {}
-        for offset, nbytes in _merged(archive._extents(_wanted(view, places))):
+        for offset, nbytes in _merged(archive._extents(_wanted(table, positions))):
             for start in range(offset - offset % CELL, offset + nbytes, CELL):
                 first, last = max(start, offset), min(start + CELL, offset + nbytes)
                 found.setdefault(start // CELL, []).append((first, last - first))
@@ -71,10 +70,9 @@ def _cells(values: LazyStateDict) -> Iterator[_Cell]:
             yield _Cell(archive.source, number, found[number])
 
 
-def _wanted(view: View, places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _wanted(table: TensorTable, positions: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(record, start, nbytes) of what is read of each row and storage; all of a record that is compressed."""
-    table = view.table
-    numbers, storages = _below(table, places, {})
+    numbers, storages = _below(table, positions, {})
     rows = [table.row(number) for number in numbers]
     wanted = [(row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize) for row in rows]
     wanted += [(storage, 0, table.storage_nbytes(storage)) for storage in storages]

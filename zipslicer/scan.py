@@ -20,10 +20,11 @@ from .dcp_metadata import KNOWN, METADATA, is_metadata, read_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .exports import CHECKPOINTS, any_archive
 from .legacy import Legacy
+from .opening import open_source
 from .policy import Limits, actions, machine_limits
 from .safetensors_file import is_safetensors
 from .shards import locate, read_index
-from .source import ByteSource, beside, open_source, read_at, without_secrets
+from .source import ByteSource, beside, read_at, without_secrets
 
 __all__ = ["Finding", "Scan", "scan"]
 

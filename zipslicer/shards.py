@@ -19,8 +19,9 @@ from .archive import Archive
 from .backend import FIRST_NODE_KIND, Backend, Kind
 from .dcp_metadata import METADATA, OF_ONE_RANK
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError, some
+from .opening import open_source
 from .policy import Limits
-from .source import CLOSED_CHECKPOINT, beside, is_outside, is_url, open_source, read_at, without_secrets
+from .source import CLOSED_CHECKPOINT, beside, is_outside, is_url, read_at, without_secrets
 from .state_dict import OVERLAID, LazyStateDict, View
 
 __all__ = ["INDEX_NBYTES", "Index", "NoTensors", "ShardedView", "locate", "parse_json", "read_index"]

@@ -25,6 +25,7 @@ from .arrays import array_value
 from .backend import FIRST_NODE_KIND, Hot, Kind
 from .composites import NESTED, RAGGED, Member
 from .errors import CheckpointError, TableError, ZipSlicerError, printable
+from .lazy import Lazy, materialize, size_text, summary
 from .plan import Geometry
 from .plan import index as apply_index
 from .policy import DTYPES, NOT_PLAIN, Description, Meaning, Placeholder, construct, public_first
@@ -36,11 +37,10 @@ if TYPE_CHECKING:
     from .module import LoadReport
     from .tensors import ReadOptions, RowReader
 
-__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View", "materialize", "size_text", "summary"]
+__all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View"]
 
 OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
-WIDTH = 100  # characters of one key or value in it
 GLOB = frozenset("*?[")
 AHEAD_COUNT, AHEAD_NBYTES = 16, 1 << 20  # tensors, or bytes, from which on a thread that reads ahead is worth its start
 LOOKED_AT, LOOKED_LIKE = (
@@ -454,7 +454,7 @@ class MissingKeyError(KeyError):
         return MissingKeyError, (self.args[0], ())
 
 
-class LazyStateDict(MutableMapping[Any, Any]):
+class LazyStateDict(Lazy, MutableMapping[Any, Any]):
     """A mapping of a checkpoint file whose tensors are read when they are touched.
 
     Keys are in the file's order and of the file's types. Every touch of a tensor reads it anew, into memory of its own;
@@ -872,8 +872,11 @@ class LazyStateDict(MutableMapping[Any, Any]):
         """
         from .prefetch import prefetch
 
+        places: dict[int, tuple[TensorTable, list[int]]] = {}  # file by file
+        for view, position in map(self._view.at, self._filed()):
+            places.setdefault(id(view), (view.table, []))[1].append(position)
         with bar_of(progress, 0) as bar:
-            return prefetch(self, rank, world_size, threads, bar)
+            return prefetch(places.values(), rank, world_size, threads, bar)
 
     def _built(self, positions: list[int], bar: Any = None) -> list[Any]:
         """Plain values, out of one read."""
@@ -1097,7 +1100,7 @@ class _Values(collections.abc.ValuesView[Any]):
         return map(operator.itemgetter(1), self._mapping._ahead())
 
 
-class LazySequence(Sequence[Any]):
+class LazySequence(Lazy, Sequence[Any]):
     """A list or tuple of a checkpoint file, with tensors somewhere in it. Read-only; `materialize` gives the plain one."""
 
     __slots__ = ("__weakref__", "_places", "_position", "_view")
@@ -1301,11 +1304,6 @@ def _refuse_torch_save(name: str) -> None:
         frame = frame.f_back
 
 
-def materialize(value: Any) -> Any:
-    """A value as it is without laziness."""
-    return value.materialize() if isinstance(value, (LazyStateDict, LazySequence)) else value
-
-
 def _is_node(program: Program, position: int) -> bool:
     return program.kinds[position] >= FIRST_NODE_KIND
 
@@ -1418,40 +1416,3 @@ def _ragged(tensor: Any) -> tuple[int, ...]:
 
 def _code(dtype_name: str) -> str:
     return next((d.code for d in DTYPES if d.name == dtype_name and d.code), dtype_name)
-
-
-def size_text(nbytes: int) -> str:
-    """In three digits: "1.25 GB"."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def summary(value: Any, *, quoted: bool = True) -> str:
-    """A value in one short line, whatever its size."""
-    if isinstance(value, (LazyStateDict, LazySequence, Mapping, list, set, frozenset)):
-        return f"{type(value).__name__} of {len(value)}"
-    if type(value) is tuple:
-        text = f"({', '.join(map(repr, value))})" if _is_small(value) else f"tuple of {len(value)}"
-    elif isinstance(value, (str, bytes, bytearray)):
-        text = value[: WIDTH + 1] if isinstance(value, str) and not quoted else repr(value[:WIDTH])
-    else:
-        try:
-            text = repr(value)
-        except ValueError:  # Python prints no integer of more than 4300 digits
-            text = f"<large {type(value).__name__}>"
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-
-
-def _is_small(values: tuple[Any, ...]) -> bool:
-    """Whether the text of a tuple is short enough to be made and cut."""
-    plain = all(v is None or isinstance(v, (bool, float, Placeholder)) or type(v) in (str, int) for v in values)
-    return (
-        plain
-        and len(values) <= 8
-        and all(not isinstance(v, str) or len(v) <= WIDTH for v in values)
-        and all(type(v) is not int or abs(v) < 1 << 64 for v in values)
-    )

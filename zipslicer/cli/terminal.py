@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import printable
-from ..state_dict import size_text as size
+from ..lazy import size_text as size
 
 __all__ = [
     "FOUND",
