@@ -221,7 +221,9 @@ class ArchiveView {
  public:
   ArchiveView(const py::handle& block, const py::handle& entries) : view_(entries) {
     const Destination rows = view_.destination();
-    if (rows.nbytes % sizeof(Entry) != 0 || reinterpret_cast<std::uintptr_t>(rows.data) % alignof(Entry) != 0) {
+    // Memory of no bytes may lie anywhere: that of an empty bytearray of Python 3.13 does.
+    if (rows.nbytes % sizeof(Entry) != 0 ||
+        (rows.nbytes != 0 && reinterpret_cast<std::uintptr_t>(rows.data) % alignof(Entry) != 0)) {
       throw std::invalid_argument("entries were not made by parse_directory");
     }
     archive = {span_of(block), reinterpret_cast<Entry*>(rows.data), rows.nbytes / sizeof(Entry)};

@@ -27,6 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
     for source in AS_THEY_ARE:
         files.append(File.generated(config, source, content=(ROOT / source).read_text(encoding="utf-8")))
     files.append(File.generated(config, "cli.md", content=command_line()))
+    files.remove(files.get_file_from_path("api.md"))  # which is for reading in the repository, where nothing draws it
     files.append(File.generated(config, "api.md", content=api()))
     return files
 

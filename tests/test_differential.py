@@ -477,6 +477,17 @@ def test_runs(
             _pure.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
 
 
+def test_no_entries_may_lie_anywhere(native: Any) -> None:
+    """As those of a stream before its program has run, in an empty bytearray of Python 3.13."""
+    for at in range(8):
+        nowhere = memoryview(bytearray(64))[at:at]
+        assert (
+            native.find_records(b"", nowhere, b"", b"a", [1])
+            == _pure.find_records(b"", bytearray(), b"", b"a", [1])
+            == [-1]
+        )
+
+
 @pytest.mark.parametrize("start", [0, 3, 200_000])
 def test_a_record_that_another_thread_proves_meanwhile(monkeypatch: pytest.MonkeyPatch, start: int) -> None:
     """Whoever finds a guess holds on to it: at a second look the truth may stand in its place."""

@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,13 +120,24 @@ def test_errors_imports_nothing_of_ours() -> None:
     assert not [module for module, level, _, _ in imports(modules()["errors"]) if level]
 
 
-def test_the_picture_of_the_imports_is_true() -> None:
-    spec = importlib.util.spec_from_file_location("imports", TESTS.parent / "docs" / "imports.py")
+def script(name: str) -> Any:
+    """A module of docs/."""
+    spec = importlib.util.spec_from_file_location(name, TESTS.parent / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    spec.loader.exec_module(drawing := importlib.util.module_from_spec(spec))
-    drawn = drawing.PICTURE.read_text(encoding="utf-8")
-    assert drawn == drawing.drawn(drawing.edges()), "python docs/imports.py draws it anew"
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    return made
+
+
+def test_the_picture_of_the_imports_is_true() -> None:
+    drawing = script("imports")
+    assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.drawn(drawing.edges()), "python docs/imports.py"
+
+
+def test_the_page_of_public_names_is_true() -> None:
+    pytest.importorskip("torch.distributed.checkpoint")
+    api = script("api")
+    assert api.PAGE.read_text(encoding="utf-8") == api.page(), ".venv/bin/python docs/api.py"
 
 
 def test_public_names() -> None:

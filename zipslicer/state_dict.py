@@ -7,7 +7,6 @@ All containers of one open file share a View, which touches values and holds eac
 from __future__ import annotations
 
 import collections
-import collections.abc
 import copy
 import dataclasses
 import difflib
@@ -17,7 +16,18 @@ import math
 import operator
 import sys
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    Sequence,
+    ValuesView,
+)
 from typing import TYPE_CHECKING, Any, Union, cast, overload
 
 from .archive import Archive
@@ -541,15 +551,15 @@ class LazyStateDict(Lazy, MutableMapping[Any, Any]):
     def __contains__(self, key: Any) -> bool:
         return key in self._slots
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[Any]:
         """The keys, in file order; reads nothing."""
         return self._slots.keys()
 
-    def items(self) -> Any:
+    def items(self) -> ItemsView[Any, Any]:
         """A view of (key, value). Iteration is in the order of keys, and tensors are read ahead of it as `stream` does."""
         return _Items(self)
 
-    def values(self) -> Any:
+    def values(self) -> ValuesView[Any]:
         """A view of the values, which are read ahead as those of `items` are."""
         return _Values(self)
 
@@ -1086,14 +1096,14 @@ class LazyStateDict(Lazy, MutableMapping[Any, Any]):
         return tree(self, self._title())
 
 
-class _Items(collections.abc.ItemsView[Any, Any]):
+class _Items(ItemsView[Any, Any]):
     _mapping: LazyStateDict
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         return self._mapping._ahead()
 
 
-class _Values(collections.abc.ValuesView[Any]):
+class _Values(ValuesView[Any]):
     _mapping: LazyStateDict
 
     def __iter__(self) -> Iterator[Any]:
