@@ -55,6 +55,14 @@ CALLS_NATIVE = [
         *("staging", "state_dict", "stream", "synthetic", "table", "tensors", "verify"),
     )
 ]
+OTHERS = (
+    "x86_64-windows-gnu",
+    "aarch64-macos",
+    "x86_64-macos",
+    "aarch64-linux-gnu",
+    "aarch64-linux-musl",
+    "x86_64-linux-musl",
+)
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"  # what nox runs on
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
@@ -145,10 +153,16 @@ class Environment:
 
 def digest(files: Iterable[str | Path], *reasons: str) -> str:
     """Of the files' contents and of the other reasons for which something would be made anew."""
-    found = hashlib.sha256(repr((PYTHON, reasons)).encode())
+    found = hashlib.sha256(repr((version_of(PYTHON), reasons)).encode())
     for file in sorted(str(file) for file in files):
         found.update(file.encode() + b"\0" + (ROOT / file).read_bytes())
     return found.hexdigest()
+
+
+def version_of(python: str) -> str:
+    """Of an interpreter; empty where there is none."""
+    code = "import sys; print(sys.version)"
+    return said(python, "-c", code) if shutil.which(python) else ""
 
 
 def native_sources() -> list[Path]:
@@ -309,9 +323,10 @@ def coverage(session: nox.Session, of: str) -> None:
     shutil.rmtree(counted.folder, ignore_errors=True)  # its build folder is gone
     flags = "--coverage -O0 -fprofile-update=atomic"
     counted.plain(f"-Cbuild-dir={scratch}", "-Ccmake.build-type=Debug", compiler=flags, behind=environment)
-    pytest_elsewhere(counted, environment.bin / "pytest", session.posargs, CALLS_NATIVE, ZIPSLICER_BACKEND="native")
+    pytest_elsewhere(counted, environment.bin / "pytest", session.posargs, [ROOT / "tests"], ZIPSLICER_BACKEND="native")
+    objects = scratch / "CMakeFiles" / "_native.dir"
     environment.run(
-        *("gcovr", "--root", ROOT, "--object-directory", scratch, "--filter", "csrc/", scratch),
+        *("gcovr", "--root", ROOT, "--object-directory", objects, "--filter", "csrc/", "--merge-lines", objects),
         *("--txt", "--print-summary", "--fail-under-line", "95"),
     )
 
@@ -405,6 +420,19 @@ def fuzz_for_a_while(session: nox.Session, command: list[str], seeds: str, **env
         external=True,
         env=env,
     )
+
+
+@nox.session(default=False)
+def cross(session: nox.Session) -> None:
+    """Compile what knows nothing of Python for other systems, with Zig's compiler: a warning is an error. Runs nothing."""
+    zig = Environment(session, ".venv-zig").packages("ziglang")
+    folder = ROOT / "build" / "cross"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", "-D_FILE_OFFSET_BITS=64")
+    for target in OTHERS:
+        for source in CORE:
+            to = folder / f"{target}-{Path(source).stem}.o"
+            zig.run("python", "-m", "ziglang", "c++", "-target", target, *flags, "-c", source, "-o", to)
 
 
 def build(session: nox.Session, compiler: list[str], *arguments: str) -> None:
@@ -544,8 +572,8 @@ def pythons(session: nox.Session) -> None:
 def torches(session: nox.Session, torch: str) -> None:
     """Run all tests on the native backend with the oldest torch that we support, and with the newest that there is."""
     environment = Environment(session, f".venv-torch-{torch}")
-    if not (environment.bin / "python").exists():
-        environment.create()
+    if version_of(str(environment.bin / "python")) != version_of(PYTHON):
+        environment.recreate()
     environment.run("python", "-m", "pip", "install", *PIP[:2], *BUILD, *TORCHES[torch])
     environment.run(
         "python", "-m", "pip", "install", *PIP[:2], "--no-build-isolation", "--editable", ".[dev]", *TORCHES[torch]

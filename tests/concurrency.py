@@ -25,6 +25,20 @@ ROWS, COLUMNS = 3000, 16
 SMALL = 200
 
 
+class Rows(torch.utils.data.Dataset[Any]):
+    """What a DataLoader's workers read through one open file."""
+
+    def __init__(self, sd: Any) -> None:
+        self.part = sd
+        self.count = 20
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Any:
+        return self.part.get_slice("w")[i].clone() + self.part[f"b{i}"]
+
+
 def save(path: Path) -> None:
     """Every element says where it is, so that a wrong one is known without the file."""
     tree = {f"s{i}": torch.arange(i, i + 9) for i in range(SMALL)}

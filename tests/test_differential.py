@@ -477,6 +477,74 @@ def test_runs(
             _pure.read_runs(handle, stamp, block, entries, *arguments, bytearray(len(starts) * nbytes + 1), 1)
 
 
+class Stuck:
+    """A handle that reads what it says, whatever was asked for."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def preadv(self, _buffers: Any, _offset: int) -> Any:
+        return self.answer
+
+
+ROWS = bytes(8 * ENTRY_FIELDS)
+NOT_ALIGNED = memoryview(bytearray(8 * ENTRY_FIELDS + 8))[1:-7]
+JOB = array("q", (0, 0, 1, 0, 0)).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error"),
+    [
+        ("allocate", (-1,), ValueError),
+        ("allocate", (1 << 62,), MemoryError),
+        ("allocate", ("1",), TypeError),
+        ("read_bytes", (b"no handle", 0, 1), AttributeError),
+        ("read_bytes", (Stuck(1), -1, 1), ValueError),
+        ("read_bytes", (Stuck(1), 0, -1), ValueError),
+        ("read_bytes", (Stuck(7), 0, 1), RuntimeError),
+        ("read_bytes", (Stuck(-1), 0, 1), RuntimeError),
+        ("read_bytes", (Stuck("x"), 0, 1), TypeError),
+        ("read_bytes", (Stuck(0), 0, 1), ChangedError),
+        ("read_bytes", (-1, 0, 1), OSError),
+        ("read_bytes", (1 << 40, 0, 1), OSError),
+        ("read_bytes", ((1 << 40, 1), 0, 1), OSError),
+        ("read_record", (Stuck(1), b"", b"", bytearray(), 0, 0, 1), IndexError),
+        ("read_record", (Stuck(1), b"", b"", bytearray(ROWS), -1, 0, 1), IndexError),
+        ("read_record", (Stuck(1), b"", b"", bytearray(ROWS), 0, 0, 1), ValueError),  # reaches past the record
+        ("read_record", (Stuck(1), b"", b"", ROWS, 0, 0, 1), BufferError),  # nobody could write into it
+        ("read_record", (Stuck(1), b"", b"", bytearray(7), 0, 0, 1), ValueError),
+        ("read_record", (Stuck(1), b"", b"", NOT_ALIGNED, 0, 0, 1), ValueError),
+        ("read_record", (Stuck(1), b"", "text", bytearray(ROWS), 0, 0, 1), TypeError),
+        ("read_record", (Stuck(1), b"", b"", None, 0, 0, 1), TypeError),
+        ("read_record", (Stuck(1), b"12", b"", bytearray(ROWS), 0, 0, 0), ValueError),
+        ("read_record", (Stuck(1), b""), TypeError),
+        ("read_tensor", (None, 0), TypeError),
+        ("read_tensor", ((1, 2), 0), TypeError),
+        ("read_tensors", (None, [], False, 1), TypeError),
+        ("read_records", (Stuck(1), b"", b"", bytearray(ROWS), b"1", [], 1), ValueError),
+        ("read_records", (Stuck(1), b"", b"", bytearray(ROWS), JOB, [], 1), ValueError),
+        ("read_records", (Stuck(1), b"", b"", bytearray(ROWS), JOB, [b"0"], 1), BufferError),
+        ("read_records", (Stuck(1), b"", b"", bytearray(ROWS), JOB, [bytearray()], 1), ValueError),
+        ("read_runs", (Stuck(1), b"", b"", bytearray(ROWS), 0, 0, 1, [1], bytearray(1), 1), ValueError),
+        ("find_directory", ("text", 0, 0), TypeError),
+        ("find_directory", (b"", -1, 0), TypeError),
+        ("parse_directory", (b"", -1, 0, 0), TypeError),
+        ("parse_directory", (b"", 0, -1, 0), TypeError),
+        ("find_records", (b"", bytearray(), b"", b"a", [2]), ValueError),
+        ("find_records", (b"", bytearray(), b"", b"ab", [2, 1]), ValueError),
+        ("find_records", (b"", bytearray(), b"", b"a", ["1"]), TypeError),
+        ("parse_local_header", (b"", b"", bytearray(), 0), IndexError),
+        ("scan_pickle", ("text", {}, [1] * 5), TypeError),
+        ("scan_pickle", (b"N.", {}, [1]), ValueError),
+    ],
+)
+def test_a_wrong_argument_is_an_error_and_no_crash(
+    native: Any, function: str, arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        getattr(native, function)(*arguments)
+
+
 def test_no_entries_may_lie_anywhere(native: Any) -> None:
     """As those of a stream before its program has run, in an empty bytearray of Python 3.13."""
     for at in range(8):

@@ -423,26 +423,11 @@ def test_threads_make_one_container() -> None:
         assert all(nested is found[0] for nested in found)
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
-    """What a DataLoader's workers read through one open file."""
-
-    def __init__(self, sd: Any) -> None:
-        self.part = sd
-        self.count = 20
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> Any:
-        return self.part.get_slice("w")[i].clone() + self.part[f"b{i}"]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.skipif(
-    "ZIPSLICER_SANITIZED" in os.environ, reason="a spawned process does not find the module of this test"
-)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_dataloader_read_the_same_file(tmp_path: Path, method: str) -> None:
+    from concurrency import Rows  # where a spawned process finds it, whatever folder the tests are run in
+
     path = tmp_path / "a.pt"
     torch.save(
         {"w": torch.arange(200.0).view(20, 10), **{f"b{i}": torch.full((10,), 1000.0 * i) for i in range(20)}}, path
