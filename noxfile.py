@@ -66,8 +66,8 @@ OTHERS = (
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"  # what nox runs on
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
-# The oldest torch that we support, and the newest that the index serves; the first knows no NumPy 2.
-TORCHES = {"oldest": ("torch==2.1.*", "numpy<2"), "newest": ("torch",)}
+# The oldest torch that we support, and the newest that the index serves.
+TORCHES = {"oldest": ("torch==2.6.*",), "newest": ("torch",)}
 
 
 # ---------------------------------------------------------------- environments

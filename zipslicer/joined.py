@@ -12,14 +12,14 @@ from typing import Any, cast
 
 from .archive import Archive
 from .errors import TableError, UnsupportedError
-from .shards import OF_ONE_FILE, NoTensors
+from .shards import OF_ONE_FILE, NoTensors, SeveralViews
 from .state_dict import OVERLAID, LazyStateDict, View
 from .table import TOO_LONG
 
 __all__ = ["JoinedView", "join"]
 
 
-class JoinedView(View):
+class JoinedView(SeveralViews):
     """The parts of one file, as the containers see them. Position p of part i is the position p * parts + i here.
 
     The root is that of the first part; with `keys`, a mapping from each key to the root of a part, by its number, or to
@@ -84,18 +84,6 @@ class JoinedView(View):
             }
             self._root = LazyStateDict._of(self, None, slots, {}, None)
         return self._root
-
-    def touch(self, position: int, key: Any = None) -> Any:
-        view, place = self.at(position)
-        return view.touch(place, key)
-
-    def meta(self, position: int) -> Any:
-        view, place = self.at(position)
-        return view.meta(place)
-
-    def is_tensor(self, position: int) -> bool:
-        view, place = self.at(position)
-        return view.is_tensor(place)
 
     def is_in(self, position: int, record: str) -> bool:
         view, place = self.at(position)

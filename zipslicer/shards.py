@@ -201,7 +201,23 @@ class Shard:
     slots: Mapping[Any, int]
 
 
-class ShardedView(View):
+class SeveralViews(View):
+    """What the views of several files, and of several programs of one file, have in common: each position is one of theirs."""
+
+    def touch(self, position: int, key: Any = None) -> Any:
+        view, place = self.at(position)
+        return view.touch(place, key)
+
+    def meta(self, position: int) -> Any:
+        view, place = self.at(position)
+        return view.meta(place)
+
+    def is_tensor(self, position: int) -> bool:
+        view, place = self.at(position)
+        return view.is_tensor(place)
+
+
+class ShardedView(SeveralViews):
     """The files of one index, as the containers see them. A position is that of a place: a file, and a value in it.
 
     Safe for concurrent use: of two threads that open one file at once, the second closes what it has opened.
@@ -339,14 +355,6 @@ class ShardedView(View):
             self._root = LazyStateDict._of(self, None, slots, {}, None)
         return self._root
 
-    def touch(self, position: int, key: Any = None) -> Any:
-        view, place = self.at(position)
-        return view.touch(place, key)
-
-    def meta(self, position: int) -> Any:
-        view, place = self.at(position)
-        return view.meta(place)
-
     def shown(self, position: int) -> Any:
         try:
             return super().shown(position)
@@ -358,10 +366,6 @@ class ShardedView(View):
             return super().shown_meta(position)
         except (OSError, ValueError):
             return None
-
-    def is_tensor(self, position: int) -> bool:
-        view, place = self.at(position)
-        return view.is_tensor(place)
 
     def is_in(self, position: int, record: str) -> bool:
         del position, record

@@ -37,7 +37,6 @@ ANNOUNCED_TO = 1 << 20  # bytes
 MAX_BUFFERS = 1024  # IOV_MAX of Linux, of one preadv
 TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 TENSOR_KIND = 11  # backend.Kind.TENSOR
-MAX_NBYTES = 0x7FFFF000  # what Linux reads in one call at most
 DIRECT_NBYTES = 4096  # backend.DIRECT_NBYTES
 DIRECT_FROM = 1 << 20  # backend.DIRECT_FROM
 HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along

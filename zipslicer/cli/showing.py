@@ -15,7 +15,6 @@ __all__ = ["show"]
 
 FIRST = 8  # elements
 BAR = 40  # columns of the fullest bin
-LINES = 16  # of a histogram: two bins each
 
 
 def show(path: str, options: argparse.Namespace, say: Say) -> tuple[int, dict[str, Any]]:
