@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,62 @@ def test_overrides_and_hooks_are_honoured(tmp_path: Path) -> None:
         sd.load_into(ours)
     assert same(ours, theirs)
     assert heard == expected
+
+
+class Adapting(nn.Module):  # type: ignore[misc]
+    """A module that loads by itself, with others in it that do not, and one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.inner = nn.Sequential(nn.Linear(2, 2), Extra(2, 2), None)
+        self.old = Renaming(2, 2)
+        self.none = None
+        self.register_module("absent", None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state_dict[prefix + "scale"] = state_dict.pop(prefix + "log_scale").exp()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_that_loads_by_itself_holds_others(tmp_path: Path, device: str) -> None:
+    made = randomized(nn.Sequential(Adapting(), nn.Linear(2, 2)))
+    saved = made.state_dict()
+    saved["0.log_scale"] = saved.pop("0.scale").log()
+    saved["0.old.w"] = saved.pop("0.old.weight")
+    torch.save(saved, tmp_path / "a.pt")
+    with torch.device(device):
+        target = nn.Sequential(Adapting(), nn.Linear(2, 2))
+    report = zipslicer.load(tmp_path / "a.pt").load_into(target, strict=False)
+    assert report.missing_keys == []
+    assert target[0].inner[1].told == {"version": 3, "table": [1, 2]}
+    for key, value in target.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, made.state_dict()[key]), key
+
+
+def test_rows_longer_than_a_chunk_are_cut(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipslicer.module.CHUNK_NBYTES", 16)
+    target = network().to(torch.float64)
+    zipslicer.load(path).load_into(target)
+    reference = network()
+    reference.load_state_dict(torch.load(path))
+    for key, value in reference.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(target.state_dict()[key], value.to(target.state_dict()[key].dtype)), key
+
+
+def test_of_many_that_do_not_fit_some_are_named(tmp_path: Path) -> None:
+    torch.save({f"w{i}": torch.zeros(2) for i in range(20)}, tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match="and 12 more that do not fit"):
+        zipslicer.load(tmp_path / "a.pt").load_into({f"w{i}": torch.zeros(3) for i in range(20)})
+
+
+def test_a_mapping_that_takes_no_items_gets_no_new_tensors(path: Path) -> None:
+    key = next(iter(zipslicer.load(path)))
+    with pytest.raises(TypeError, match="cannot be put into a mappingproxy"):
+        zipslicer.load(path).load_into(types.MappingProxyType({key: torch.zeros(1, device="meta")}), strict=False)
 
 
 def test_lazy_modules(tmp_path: Path) -> None:
