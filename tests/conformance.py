@@ -310,9 +310,8 @@ def tensors_in(tree: object) -> dict[Steps, Any]:
         elif isinstance(value, Inert):
             if value.new:
                 yield from ((("index", index), child) for index, child in enumerate(value.args))
-            elif (
-                value.qualified == "torch._utils._rebuild_parameter"
-            ):  # of what is no tensor here: its parts are its own
+            # Of what is no tensor here: its parts are its own.
+            elif value.qualified == "torch._utils._rebuild_parameter":
                 yield ("part", ()), value.args[0]
             else:
                 yield ("part", "args"), value.args

@@ -132,9 +132,8 @@ class ArchiveWriter:
         extra = b""
         if _is_large(nbytes, offset):
             sizes = (nbytes, nbytes) if nbytes >= MANY else ()
-            places = (
-                (offset,) if offset >= MANY else ()
-            )  # which no other writer puts here, and readers of torch's files know
+            # No other writer puts it here, and readers of torch's files know it.
+            places = (offset,) if offset >= MANY else ()
             extra = struct.pack(f"<HH{len(sizes) + len(places)}Q", 1, 8 * (len(sizes) + len(places)), *sizes, *places)
         before = offset + LOCAL.size + len(encoded) + len(extra) + 4
         padding = -before % ALIGNMENT

@@ -21,9 +21,8 @@ OPENED = 12  # children at most of a level that is open from the start
 DEEPEST = 20  # levels, of which a file does not decide: what makes them, and shows them, recurses
 NAME = 200  # characters
 
-Branch = dict[
-    tuple[str, int], Any
-]  # a name, with 0 for a level of dotted keys, or a number of its own -> what is there
+# A name, with 0 for a level of dotted keys, or a number of its own -> what is there.
+Branch = dict[tuple[str, int], Any]
 
 
 def tree(mapping: Lazy, title: str) -> str:

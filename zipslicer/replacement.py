@@ -124,9 +124,7 @@ class Replacement(Output):
                 done += count
                 self.offset += count
                 self._write_out()
-        except (
-            OSError
-        ):  # between some file systems it cannot be done; what else is wrong, the reading of the rest will say
+        except OSError:  # not between some file systems; what else is wrong, the reading of the rest will say
             pass
         finally:
             os.lseek(self._fd, self.offset, os.SEEK_SET)  # copying with offsets leaves the position alone

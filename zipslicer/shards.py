@@ -278,9 +278,8 @@ class ShardedView(SeveralViews):
     def check(self, threads: int) -> None:
         """Open all files and compare their keys with those of the index. Raises: ArchiveError."""
         paths = {file: self.index.path_of(file) for file in self._files}
-        missing = [
-            file for file, path in paths.items() if not (is_url(path) or os.path.exists(path))
-        ]  # URLs are opened
+        # What is behind a URL is known when it is opened.
+        missing = [file for file, path in paths.items() if not (is_url(path) or os.path.exists(path))]
         if missing:
             raise ArchiveError(
                 f"{len(missing)} of the {len(self._files)} files that the index names are missing: {some(missing)}",

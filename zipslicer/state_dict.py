@@ -53,10 +53,7 @@ OVERLAID = -1  # in place of a position: the value is the user's own
 SHOWN = 24  # keys of a repr
 GLOB = frozenset("*?[")
 AHEAD_COUNT, AHEAD_NBYTES = 16, 1 << 20  # tensors, or bytes, from which on a thread that reads ahead is worth its start
-LOOKED_AT, LOOKED_LIKE = (
-    20_000,
-    200,
-)  # keys, and characters of a key, in the search for near ones: its cost is quadratic
+LOOKED_AT, LOOKED_LIKE = 20_000, 200  # keys, and characters of one, in the search for near ones: its cost is quadratic
 PLAIN = (dict, list, tuple, set, bytearray)
 Patterns = Union[str, Iterable[str]]
 

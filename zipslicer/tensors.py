@@ -94,9 +94,8 @@ def cpu_quota(root: str = "/") -> float:
             continue
         mount = os.path.join(root, "sys/fs/cgroup", "cpu" if controllers else "")
         parts = path.strip("/").split("/")
-        for depth in range(
-            len(parts) + 1
-        ):  # in a container the path may be that of the host, and only the root be there
+        # In a container the path may be that of the host, and only the root be there.
+        for depth in range(len(parts) + 1):
             most = min(most, _quota_of(os.path.join(mount, *parts[:depth])))
     return most
 

@@ -610,9 +610,8 @@ def _swapped(chunk: memoryview, unit: int) -> memoryview:
     return memoryview(bytearray(units) + chunk[whole:])
 
 
-Extents = dict[
-    tuple[int, int], tuple[int, int]
-]  # of the storages of open files, by table and number: bytes [first, last)
+# Of the storages of open files, by table and number: bytes [first, last).
+Extents = dict[tuple[int, int], tuple[int, int]]
 
 
 def _needed(value: Any) -> Extents:

@@ -61,9 +61,8 @@ def allocate(nbytes: int) -> Any:
         if error.errno == errno.ENOMEM:
             raise MemoryError(f"no {nbytes} bytes of memory") from None
         raise
-    with contextlib.suppress(
-        AttributeError, OSError, ValueError
-    ):  # no huge pages here: 4 KiB ones are right, and slower
+    # Where there are no huge pages, those of 4 KiB are right, and slower.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         room.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(room)
     start = -_address(room) % HUGE_PAGE
@@ -317,9 +316,8 @@ def _made(hot: Any, row: tuple[int, ...], nbytes: int) -> tuple[Any, Any]:
     if maker is None:
         buffer = allocate(nbytes)
         return (buffer, dtype, sizes, strides), buffer
-    if extent != 1 + sum(
-        (n - 1) * stride for n, stride in zip(sizes, strides)
-    ):  # of so many elements the memory will be
+    # Of so many elements the memory will be.
+    if extent != 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides)):
         raise ValueError("the extent of a row is not that of its sizes and strides")
     wanted = maker.dtypes[dtype]
     made = None if wanted is None else maker.make(sizes, strides, dtype=wanted, device=maker.device)

@@ -897,9 +897,8 @@ def _flatten(
 
 
 _NOTHING = object()  # ABSENT, as a value
-_BYTE_ORDER: Literal["little", "big"] = (
-    "little" if array("H", [1]).tobytes()[0] else "big"
-)  # of this host, as array and struct use it
+# Of this host, as array and struct use it.
+_BYTE_ORDER: Literal["little", "big"] = "little" if array("H", [1]).tobytes()[0] else "big"
 
 
 def _node(value: Any) -> tuple[int, Sequence[Any], int]:
