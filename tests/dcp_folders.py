@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 import warnings
@@ -19,7 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+# Of one process; older torches ask nobody, and warn.
+ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where a chunk starts, and its sizes
 
@@ -28,8 +33,15 @@ def written(folder: Path, values: dict[str, Any], **options: Any) -> Path:
     """By torch, on one rank."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(values, storage_writer=FileSystemWriter(folder, **options), no_dist=True)
+        save(values, storage_writer=FileSystemWriter(folder, **options), **ALONE)
     return folder
+
+
+def load_alone(state: dict[str, Any], **options: Any) -> None:
+    """torch.distributed.checkpoint.load, on one rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is .*unavailable or uninitialized")
+        load(state, **options, **ALONE)
 
 
 def read_by_torch(folder: Path) -> Any:
@@ -75,7 +87,8 @@ def chunked(folder: Path, tensors: Mapping[str, tuple[torch.Tensor, Sequence[Box
         facts[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), chunks)
     for rank, whole in enumerate(files):
         (folder / f"__{rank}_0.distcp").write_bytes(whole)
-    said = Metadata(facts, {name: (name,) for name in tensors}, places, None, "1.0.0")
+    said = Metadata(facts, {name: (name,) for name in tensors}, places)
+    said.version = "1.0.0"  # older torches have no such field, and write none
     (folder / ".metadata").write_bytes(pickle.dumps(said, protocol=4))
     return folder
 

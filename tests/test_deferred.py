@@ -17,8 +17,6 @@ import zipslicer
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 
-if not hasattr(torch.utils, "swap_tensors"):
-    pytest.skip("needs torch 2.3", allow_module_level=True)
 
 from zipslicer.deferred import Deferral, DeferredTensor  # noqa: E402
 from zipslicer.tensors import TensorReader  # noqa: E402

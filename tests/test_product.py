@@ -31,10 +31,12 @@ PACKED_DTYPES = [getattr(torch, name) for name in PACKED]
 FAMILIES: dict[str, list[str]] = {
     # by how torch writes them: storages of a class of their own; untyped ones, and the dtype in the call (v3); qparams
     "typed": [dtype.name for dtype in DTYPES if dtype.storage and not dtype.name.startswith("q")],
-    "untyped": [dtype.name for dtype in DTYPES if not dtype.storage],
+    "untyped": [dtype.name for dtype in DTYPES if not dtype.storage and hasattr(torch, dtype.name)],
     "quantized": [dtype.name for dtype in DTYPES if dtype.name.startswith("q") and dtype.name not in PACKED],
-    "packed": [dtype.name for dtype in DTYPES if dtype.name in PACKED],
+    # A torch that lacks the newest dtypes makes no views of these.
+    "packed": [dtype.name for dtype in DTYPES if dtype.name in PACKED and hasattr(torch, conformance.NEWEST[0])],
 }
+FAMILIES = {family: names for family, names in FAMILIES.items() if names}
 DIFFERENTIABLE_NAMES = {dtype.name for dtype in DTYPES if dtype.traits & DIFFERENTIABLE}
 
 
@@ -355,6 +357,7 @@ def test_product(container: str, family: str, kind: str, protocol: int, tmp_path
         assert differences_in_meta(wanted, loaded) == []
 
 
+@pytest.mark.skipif(not hasattr(torch, conformance.NEWEST[-1]), reason="this torch has not all dtypes")
 def test_no_dtype_is_left_out() -> None:
     assert sorted(itertools.chain(*FAMILIES.values())) == sorted(dtype.name for dtype in DTYPES)
     assert all(isinstance(getattr(torch, dtype.name), torch.dtype) for dtype in DTYPES)

@@ -367,6 +367,28 @@ def test_settings_of_torch_have_no_influence(name: str) -> None:
         assert got.tolist() == wanted.tolist()
 
 
+def test_a_torch_that_lacks_a_dtype_reads_the_others_no_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an older one. What has the dtype says so, tensor by tensor."""
+    from zipslicer import tensors
+
+    complete = tensors._maker
+
+    def lacking(torch: Any) -> Any:
+        maker = complete(torch)
+        return maker._replace(dtypes=[None if dtype is torch.float8_e5m2 else dtype for dtype in maker.dtypes])
+
+    monkeypatch.setattr(tensors, "_maker", lacking)
+    sd = loaded({"a": torch.arange(5)})
+    assert sd["a"].tolist() == [0, 1, 2, 3, 4]
+    assert sd._view.reader.fast is not None
+    sd = loaded({"a": torch.arange(5), "b": torch.zeros(3, dtype=torch.float8_e5m2)})
+    assert sd["a"].tolist() == [0, 1, 2, 3, 4]
+    assert sd.get_meta("b").shape == (3,)
+    assert sd._view.reader.fast is None
+    with pytest.raises(NotImplementedError, match="has no dtype float8_e5m2"):
+        sd["b"]
+
+
 def test_default_dtype_has_no_influence() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -98,8 +98,6 @@ def patch_torch_load(*, lazy: bool = False, fallback: bool = True) -> Iterator[N
     """
     import torch
 
-    if lazy and not hasattr(torch.utils, "swap_tensors"):
-        raise UnsupportedError(f"lazy=True needs torch 2.3 or newer; this is {torch.__version__}")
     patch = _Patch(lazy, fallback, object())
     with _LOCK:
         if not _BEFORE:

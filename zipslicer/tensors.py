@@ -16,7 +16,19 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 from .arrays import array_value, floating_dtype
-from .backend import DIRECT_FROM, DIRECT_NBYTES, FIRST_NODE_KIND, JOB_FIELDS, Allocate, Hot, Job, Kind, Maker
+from .backend import (
+    DIRECT_FROM,
+    DIRECT_NBYTES,
+    FIRST_NODE_KIND,
+    JOB_FIELDS,
+    TENSOR_FIELDS,
+    Allocate,
+    Hot,
+    Job,
+    Kind,
+    Maker,
+    TensorField,
+)
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
 from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces, row_major
@@ -475,10 +487,16 @@ class TensorReader(RowReader):
         self._cache: dict[int, Any] | None = {} if options.cache_tensors else None
         # What a quantized tensor is made with is not cast: torch wants these types.
         self._uncast = frozenset(table.quantizers()) if options.dtype is not None else frozenset()
-        self._is_plain = not (self.place.special or options.cache_tensors) and None not in self.dtypes
+        self._is_plain = not (self.place.special or options.cache_tensors) and self._knows_all()
         self._hot = self._hot_with(maker, torch.is_inference_mode_enabled)
         if self._is_plain and self._is_at_hand:
             self.fast = table.archive.backend.read_tensor, self._hot
+
+    def _knows_all(self) -> bool:
+        """Whether this torch has the dtypes of all rows: an older one lacks the newest."""
+        absent = {number for number, dtype in enumerate(self.dtypes) if dtype is None}
+        columns = memoryview(self.table.program.tensors).cast("q")
+        return not absent or absent.isdisjoint(columns[TensorField.DTYPE :: TENSOR_FIELDS].tolist())
 
     # ---------------------------------------------------------------- one tensor
     def tensor(self, number: int) -> Any:
@@ -1014,12 +1032,8 @@ def has_memory(torch: Any, target: Any) -> bool:
 
 def bump(torch: Any, target: Any) -> None:
     """Let autograd know that a tensor was written to."""
-    if target.is_inference():
-        return
-    if hasattr(torch.autograd.graph, "increment_version"):
+    if not target.is_inference():
         torch.autograd.graph.increment_version(target)
-    else:  # torch before 2.2; an empty part shares the counter
-        target.detach().reshape(-1)[:0].zero_()
 
 
 def _check_grad(made: Any, wanted: bool) -> None:
