@@ -376,7 +376,7 @@ def sanitize(session: nox.Session) -> None:
         ZIPSLICER_BACKEND="native",
         ZIPSLICER_SANITIZED="1",
         OMP_NUM_THREADS="1",
-        ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
+        ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1",
         LD_PRELOAD=" ".join(runtimes),
     )
 
