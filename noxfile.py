@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nox
@@ -36,33 +36,12 @@ PYTHON_FOLDERS = ("zipslicer", "tests", "benchmarks", "examples", "fuzz", "docs"
 CORE = ("csrc/directory.cc", "csrc/machine.cc", "csrc/extent.cc")
 # The tests of what calls the C++: those of writers, of the command line and of pages call nothing that these do not, and
 # take twice as long, since the programs that they start are slow to begin under a sanitizer.
-CALLS_NATIVE = [
-    ROOT / "tests" / f"test_{name}.py"
-    for name in (
-        *(
-            "archive",
-            "arrays",
-            "backend",
-            "checkpoint",
-            "composites",
-            "concurrency",
-            "conformance",
-            "dcp",
-            "dcp_source",
-        ),
-        *("deferred", "differential", "exports", "faults", "joined", "legacy", "module", "numpy_tensors", "opening"),
-        *("pickling", "plan", "product", "program", "real_checkpoints", "safetensors_file", "scan", "shards", "source"),
-        *("staging", "state_dict", "stream", "synthetic", "table", "tensors", "verify"),
-    )
-]
-OTHERS = (
-    "x86_64-windows-gnu",
-    "aarch64-macos",
-    "x86_64-macos",
-    "aarch64-linux-gnu",
-    "aarch64-linux-musl",
-    "x86_64-linux-musl",
-)
+CALLS_NATIVE = """
+    archive arrays backend checkpoint composites concurrency conformance dcp dcp_source deferred differential exports faults
+    joined legacy module numpy_tensors opening pickling plan product program real_checkpoints safetensors_file scan shards
+    source staging state_dict stream synthetic table tensors verify
+"""
+OTHERS = "x86_64-windows-gnu aarch64-macos x86_64-macos aarch64-linux-gnu aarch64-linux-musl x86_64-linux-musl"
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"  # what nox runs on
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
@@ -100,34 +79,32 @@ class Environment:
         self.create(*flags)
 
     def packages(self, *packages: str) -> Environment:
-        """With these, at the versions of constraints.txt."""
-        if self._lacks("packages", digest(["constraints.txt"], *packages)):
-            if not (self.bin / "python").exists():
-                self.create()
+        """With these, at the versions of constraints.txt; made anew where it is of another Python than is wanted."""
+
+        def make() -> None:
+            if version_of(str(self.bin / "python")) != version_of(self.python):
+                self.recreate()
             self.pip(*packages)
-            self._has()
-        return self
+
+        return self._once("packages", digest(["constraints.txt"], version_of(self.python), *packages), make)
+
+    def also(self, *packages: str) -> Environment:
+        """With these, too, which only some need."""
+        wanted = digest(["constraints.txt"], *packages)
+        return self._once(f"also-{packages[0]}", wanted, lambda: self.pip(*packages))
 
     def editable(self, extra: str) -> Environment:
         """With zipslicer, so that a change of Python needs no new install; one of the C++ or of the build does.
 
         Built in this environment, without isolation: the build tools are those of constraints.txt, and fetched once.
         """
-        if self._lacks("installed", digest(native_sources(), extra)):
-            self.pip("--no-build-isolation", "--editable", f".[{extra}]")
-            self._has()
-        return self
-
-    def also(self, *packages: str) -> Environment:
-        """With these, too, which only some need."""
-        if self._lacks(f"also-{packages[0]}", digest(["constraints.txt"], *packages)):
-            self.pip(*packages)
-            self._has()
-        return self
+        wanted = digest(native_sources(), extra)
+        return self._once("installed", wanted, lambda: self.pip("--no-build-isolation", "--editable", f".[{extra}]"))
 
     def plain(self, *flags: str, compiler: str = "", behind: Environment | None = None) -> Environment:
         """With zipslicer as users get it; the packages of `behind` are seen behind it."""
-        if self._lacks("installed", digest([*native_sources(), *python_sources()], *flags, compiler)):
+
+        def make() -> None:
             if behind is not None:
                 self.recreate("--without-pip")
                 Path(self._purelib(), "packages_behind.pth").write_text(f"{behind._purelib()}\n", encoding="utf-8")
@@ -136,24 +113,24 @@ class Environment:
                 *("--no-build-isolation", "--no-deps", "--force-reinstall", *flags, "."),
                 env={"CXXFLAGS": compiler} if compiler else {},
             )
-            self._has()
+
+        return self._once("installed", digest([*native_sources(), *python_sources()], *flags, compiler), make)
+
+    def _once(self, what: str, wanted: str, make: Callable[[], None]) -> Environment:
+        stamp = self.folder / f".{what}"
+        if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+            make()
+            stamp.write_text(wanted, encoding="utf-8")
         return self
 
     def _purelib(self) -> str:
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         return said(str(self.bin / "python"), "-c", code)
 
-    def _lacks(self, what: str, wanted: str) -> bool:
-        self._stamp, self._wanted = self.folder / f".{what}", wanted
-        return not self._stamp.is_file() or self._stamp.read_text(encoding="utf-8") != wanted
-
-    def _has(self) -> None:
-        self._stamp.write_text(self._wanted, encoding="utf-8")
-
 
 def digest(files: Iterable[str | Path], *reasons: str) -> str:
     """Of the files' contents and of the other reasons for which something would be made anew."""
-    found = hashlib.sha256(repr((version_of(PYTHON), reasons)).encode())
+    found = hashlib.sha256(repr(reasons).encode())
     for file in sorted(str(file) for file in files):
         found.update(file.encode() + b"\0" + (ROOT / file).read_bytes())
     return found.hexdigest()
@@ -333,6 +310,11 @@ def coverage(session: nox.Session, of: str) -> None:
     )
 
 
+def calls_native() -> list[Path]:
+    """The files of CALLS_NATIVE."""
+    return [ROOT / "tests" / f"test_{name}.py" for name in CALLS_NATIVE.split()]
+
+
 def pytest_elsewhere(
     plain: Environment, program: Path, arguments: Iterable[str], paths: Iterable[Path], **env: str
 ) -> None:
@@ -372,7 +354,7 @@ def sanitize(session: nox.Session) -> None:
     # Python and torch are not instrumented: the runtime is loaded before them, and what they never free is not asked about.
     runtimes = [said(*CXX, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
     pytest_elsewhere(
-        *(sanitized, environment.bin / "pytest", session.posargs, CALLS_NATIVE),
+        *(sanitized, environment.bin / "pytest", session.posargs, calls_native()),
         ZIPSLICER_BACKEND="native",
         ZIPSLICER_SANITIZED="1",
         OMP_NUM_THREADS="1",
@@ -431,7 +413,7 @@ def cross(session: nox.Session) -> None:
     folder = ROOT / "build" / "cross"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", "-D_FILE_OFFSET_BITS=64")
-    for target in OTHERS:
+    for target in OTHERS.split():
         for source in CORE:
             to = folder / f"{target}-{Path(source).stem}.o"
             zig.run("python", "-m", "ziglang", "c++", "-target", target, *flags, "-c", source, "-o", to)
