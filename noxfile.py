@@ -503,6 +503,7 @@ def wheels(session: nox.Session) -> None:
         installed.pip(f"{wheel}[{'dev' if has_torch else 'numpy'}]", "pytest", "pytest-xdist", "hypothesis", *packages)
         expect(installed, backend)
         env = {"ZIPSLICER_BACKEND": backend, "ZIPSLICER_WITHOUT_TORCH": "" if has_torch else "1"}
+        env["ZIPSLICER_REQUIRE_NATIVE"] = "1" if backend == "native" else "0"
         pytest_elsewhere(installed, installed.bin / "pytest", arguments, [ROOT / "tests"], **env)
     with_compiler = empty(session, "sdist-with-a-compiler", interpreter(OWN))
     with_compiler.pip(str(sdist))
