@@ -34,6 +34,8 @@ INTEGRATIONS = ("transformers", "accelerate", "diffusers", "peft", "ray")
 MEASURED = ("torch", "numpy", "safetensors", "lightning-fabric", "matplotlib", "fsspec", "aiohttp", "obstore")
 PYTHON_FOLDERS = ("zipslicer", "tests", "benchmarks", "examples", "fuzz", "docs", "noxfile.py")
 CORE = ("csrc/directory.cc", "csrc/machine.cc", "csrc/extent.cc")
+# Of CORE by itself, in a program of its own.
+ALONE = ("-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-pthread")
 # The tests of what calls the C++: those of writers, of the command line and of pages call nothing that these do not, and
 # take twice as long, since the programs that they start are slow to begin under a sanitizer.
 CALLS_NATIVE = """
@@ -71,12 +73,9 @@ class Environment:
     def pip(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.run("python", "-m", "pip", "install", *PIP, *arguments, env=env)
 
-    def create(self, *flags: str) -> None:
-        self.session.run(self.python, "-m", "venv", *flags, str(self.folder), external=True, silent=True)
-
     def recreate(self, *flags: str) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.create(*flags)
+        self.session.run(self.python, "-m", "venv", *flags, str(self.folder), external=True, silent=True)
 
     def packages(self, *packages: str) -> Environment:
         """With these, at the versions of constraints.txt; made anew where it is of another Python than is wanted."""
@@ -341,16 +340,16 @@ def sanitize(session: nox.Session) -> None:
     environment = development(session)
     folder = ROOT / "build" / "sanitize"
     folder.mkdir(parents=True, exist_ok=True)
-    common = ("-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-pthread")
     # ThreadSanitizer wants to know where memory lies; where that cannot be had, the kernel may place it well enough.
     fixed = ("setarch", "-R") if succeeds("setarch", "-R", "true") else ()
     for name, sanitizers, before in (("thread", "thread", fixed), ("address", "address,undefined", ())):
         driver = str(folder / f"drive_{name}")
-        build(session, CXX, *common, f"-fsanitize={sanitizers}", "-o", driver, "fuzz/drive_reader.cc", *CORE)
+        flags = (f"-fsanitize={sanitizers}", "-o", driver, "fuzz/drive_reader.cc")
+        session.run(*CXX, *ALONE, *flags, *CORE, external=True)
         env = {"ASAN_OPTIONS": "detect_leaks=1"}
         session.run(*before, driver, str(folder / "archive"), external=True, env=env)
-    flags = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    sanitized = Environment(session, ".venv-asan").plain(compiler=flags, behind=environment)
+    options = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    sanitized = Environment(session, ".venv-asan").plain(compiler=options, behind=environment)
     # Python and torch are not instrumented: the runtime is loaded before them, and what they never free is not asked about.
     runtimes = [said(*CXX, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
     pytest_elsewhere(
@@ -377,12 +376,10 @@ def fuzz(session: nox.Session) -> None:
     shutil.rmtree(folder / "seeds", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     environment.run("python", "fuzz/seeds.py", folder / "seeds")
-    flags = ("-std=c++17", "-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-pthread")
     for name in ("directory", "machine"):
         binary = str(folder / f"fuzz_{name}")
-        build(
-            session, clang, *flags, "-fsanitize=fuzzer,address,undefined", "-o", binary, f"fuzz/fuzz_{name}.cc", *CORE
-        )
+        flags = ("-fsanitize=fuzzer,address,undefined", "-o", binary, f"fuzz/fuzz_{name}.cc")
+        session.run(*clang, *ALONE, *flags, *CORE, external=True)
         fuzz_for_a_while(session, [binary], name)
     # A plain install: an editable one comes by a loader that atheris cannot look into.
     python = Environment(session, ".venv-fuzz").plain(behind=environment).bin / "python"
@@ -419,10 +416,6 @@ def cross(session: nox.Session) -> None:
             zig.run("python", "-m", "ziglang", "c++", "-target", target, *flags, "-c", source, "-o", to)
 
 
-def build(session: nox.Session, compiler: list[str], *arguments: str) -> None:
-    session.run(*compiler, *arguments, external=True)
-
-
 def succeeds(*command: str) -> bool:
     return bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True, check=False).returncode
 
@@ -437,20 +430,14 @@ def said(*command: str) -> str:
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure: docs/performance.md and the table of the README; 7 GB of files and 90 minutes. `-- --samples 3` is shorter."""
-    environment = measuring(session)
+    environment = Environment(session, ".venv-bench").packages(*BUILD, *MEASURED).plain()
     ancestor = environment.folder / "zipslicer-0.8.1"
-    if (
-        not ancestor.is_dir()
-    ):  # it has the same import name: it lies aside, and only the process that measures it looks there
+    # It has the same import name: it lies aside, and only the process that measures it looks there.
+    if not ancestor.is_dir():
         environment.pip("--no-deps", "--target", str(ancestor), "zipslicer==0.8.1")
     environment.run("python", "benchmarks/make_files.py")
     environment.run("python", "benchmarks/run.py", *session.posargs)
     environment.run("python", "benchmarks/report.py")
-
-
-def measuring(session: nox.Session) -> Environment:
-    """Of .venv-bench: zipslicer as users get it, beside the others."""
-    return Environment(session, ".venv-bench").packages(*BUILD, *MEASURED).plain()
 
 
 @nox.session(default=False)

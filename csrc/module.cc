@@ -262,13 +262,6 @@ std::vector<Job> jobs_of(const py::handle& bytes) {
 
 // ---- readers ----
 
-[[maybe_unused]] void poll_signals() {  // Windows has no reads that poll
-  const py::gil_scoped_acquire held;
-  if (PyErr_CheckSignals() != 0) {
-    throw py::error_already_set();
-  }
-}
-
 // A Python object with preadv(buffers, offset). Lives and works with the GIL held.
 class PyReader final : public Reader {
  public:
@@ -342,6 +335,13 @@ bool is_descriptor(const py::handle& handle) {
 }
 
 #ifndef _WIN32
+void poll_signals() {
+  const py::gil_scoped_acquire held;
+  if (PyErr_CheckSignals() != 0) {
+    throw py::error_already_set();
+  }
+}
+
 // Of a handle that is a descriptor, or two.
 struct Descriptors {
   explicit Descriptors(const py::handle& handle) : direct_fd(-1) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import os
 import pickletools
 import struct
 import tarfile
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 # For tests that look at tensors, whatever makes them: those of the environment without torch run too.
 FRAMEWORK = "pt" if importlib.util.find_spec("torch") else "np"
+
+
+def unmeasured() -> dict[str, str]:
+    """The environment of a process that coverage is not to follow into: its tracer is a hook, and takes time and memory."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+
 
 M16 = 0xFFFF
 M32 = 0xFFFFFFFF

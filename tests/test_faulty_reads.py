@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from makers import unmeasured
 
 pytest.importorskip("torch")
 
@@ -74,10 +75,8 @@ def test_random_calls(shim: Path, tmp_path: Path) -> None:
 def test_where_memory_ends(tmp_path: Path) -> None:
     """A MemoryError leaves nothing half-built: the same call is right when there is memory again."""
     script = Path(__file__).with_name("starved.py")
-    # Not measured by coverage, whose own memory ends, too.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=unmeasured())
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     outcomes = json.loads(done.stdout)
     assert set(outcomes) == {"right", "MemoryError"}

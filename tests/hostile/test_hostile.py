@@ -21,6 +21,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from makers import unmeasured
+
 from hostile import CORPUS, PWNED, TRAP, Attack
 
 MODULES = ("archives", "programs", "tables", "streams", "files")
@@ -43,18 +45,14 @@ class Victim:
 
     def asked(self, path: Path, one: Attack) -> dict[str, Any]:
         if self.process is None or self.process.poll() is not None:
-            import os
-
             paths = f"{VICTIM.parent.parent}:{self.folder / 'trap'}"
-            # Not measured by coverage: its tracer is such a hook as must not be called, and takes the time that is counted.
-            env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", str(VICTIM)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=self.folder,
-                env={**env, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+                env={**unmeasured(), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             )
         stdin, stdout = _open(self.process.stdin), _open(self.process.stdout)
         stdin.write(json.dumps({"path": str(path), "holds": dict(one.holds), "unpacks": one.unpacks}) + "\n")
