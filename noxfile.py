@@ -430,7 +430,7 @@ def said(*command: str) -> str:
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure: docs/performance.md and the table of the README; 7 GB of files and 90 minutes. `-- --samples 3` is shorter."""
-    environment = Environment(session, ".venv-bench").packages(*BUILD, *MEASURED).plain()
+    environment = measured(session)
     ancestor = environment.folder / "zipslicer-0.8.1"
     # It has the same import name: it lies aside, and only the process that measures it looks there.
     if not ancestor.is_dir():
@@ -438,6 +438,21 @@ def bench(session: nox.Session) -> None:
     environment.run("python", "benchmarks/make_files.py")
     environment.run("python", "benchmarks/run.py", *session.posargs)
     environment.run("python", "benchmarks/report.py")
+
+
+@nox.session(default=False)
+@nox.parametrize("what", ["writing", "ranks", "scale", "dropins", "gpu"])
+def bench_beside(session: nox.Session, what: str) -> None:
+    """Measure what a page of its own is about: benchmarks/WHAT.py, with its arguments."""
+    environment = measured(session)
+    if what == "dropins":
+        environment.also("transformers", "accelerate")
+    environment.run("python", f"benchmarks/{what}.py", *session.posargs)
+
+
+def measured(session: nox.Session) -> Environment:
+    """Of .venv-bench: zipslicer as users get it, and what it is compared with."""
+    return Environment(session, ".venv-bench").packages(*BUILD, *MEASURED).plain()
 
 
 @nox.session(default=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -191,6 +192,69 @@ def test_case(case: Case, tmp_path: Path) -> None:
         check_loads(outcome, tmp_path)
     else:
         check_refused(case.number, outcome, tmp_path)
+
+
+def check_on_a_gpu(wanted: Any, got: Any, name: str) -> None:
+    """The tensor that is on the CPU otherwise, but on the device, its parts and all."""
+    if wanted.is_meta or not got.is_cuda:
+        assert got.device == wanted.device, name
+        return
+    if parts := conformance.parts_of(wanted):
+        assert conformance.whole_facts(got) == conformance.whole_facts(wanted), name
+        assert list(conformance.parts_of(got)) == list(parts), name
+        for part, (one, other) in conformance.zip_parts(wanted, got).items():
+            check_on_a_gpu(one, other, f"{name}#{part}")
+        return
+    facts, own = conformance.facts_of(wanted), conformance.facts_of(got)
+    assert {**own, "device": "cpu"} == facts, name
+    moved = torch.empty(0, dtype=got.dtype)
+    moved.set_(got.untyped_storage().cpu(), got.storage_offset(), got.size(), got.stride())
+    for flag in ("conj", "neg"):
+        if facts[flag]:
+            torch._C._set_tensor_metadata(moved, {flag: True})
+    assert conformance.logical_bytes(moved) == conformance.logical_bytes(wanted), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("small_to", [0, 1 << 60], ids=["by the lane", "small"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case_on_a_gpu(case: Case, small_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = case.make(tmp_path)
+    if isinstance(outcome, Refused) or outcome.huge or isinstance(outcome.tree, conformance.Inert):
+        pytest.skip("nothing to be placed")
+    for limit in ("SMALL_TO", "LANE_FROM"):
+        monkeypatch.setattr(f"zipslicer.tensors.{limit}", small_to)
+    path = placed(outcome.file, tmp_path)
+    here = conformance.tensors_in(materialized(zipslicer.load(path, **outcome.keywords)))
+    there = zipslicer.load(path, map_location="cuda", **outcome.keywords)
+    moved = conformance.tensors_in(materialized(there))
+    assert list(moved) == list(here)
+    theirs: dict[Any, Any] = {}
+    if not any(isinstance(tensor, torch.Tensor) and tensor.is_nested for tensor in here.values()):
+        # At a nested tensor torch.load(map_location="cuda") dies of a segmentation fault (2.11).
+        with contextlib.suppress(Exception):  # what torch does not load, or not onto a GPU, is held against the CPU's
+            theirs = conformance.tensors_in(torch.load(path, map_location="cuda", weights_only=True))
+    for steps, wanted in here.items():
+        if not isinstance(wanted, torch.Tensor):
+            assert conformance.storage_bytes(moved[steps].cpu()) == conformance.storage_bytes(wanted)
+            continue
+        check_on_a_gpu(wanted, moved[steps], dotted(steps))
+        if steps in theirs:
+            assert moved[steps].device == theirs[steps].device, dotted(steps)
+        else:
+            assert moved[steps].is_cuda or wanted.is_meta, dotted(steps)
+    owners = [steps for steps, tensor in moved.items() if getattr(tensor, "is_cuda", False) and steps in theirs]
+    assert groups_of(moved, owners) == groups_of(theirs, owners)
+
+
+def groups_of(tensors: dict[Any, Any], chosen: list[Any]) -> list[list[int]]:
+    """Which tensors lie in one storage."""
+    groups: dict[int, list[int]] = {}
+    for i, steps in enumerate(chosen):
+        tensor = tensors[steps]
+        if isinstance(tensor, torch.Tensor) and not conformance.parts_of(tensor) and tensor.untyped_storage().nbytes():
+            groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(i)
+    return list(groups.values())
 
 
 def test_every_refusal_has_a_case() -> None:

@@ -164,3 +164,39 @@ def test_errors_of_load_sharded_come_before_reading(tmp_path: Path) -> None:
         load_sharded(module, tmp_path / "no.pth")
     with pytest.raises(TypeError, match="open already"):
         StorageReader(zipslicer.load(tmp_path / "less.pth"), threads=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_rank_with_a_gpu(tmp_path: Path) -> None:
+    """One, over nccl: parameters that are DTensors on the device, filled by each of the ways."""
+    from torch import distributed as dist
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.fsdp import fully_shard
+
+    saved = {f"{i}.weight": torch.arange(i, i + 2_000_000.0).reshape(1000, 2000) for i in range(3)}
+    torch.save(saved, tmp_path / "m.pth")
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = torch.nn.Sequential(*(torch.nn.Linear(2000, 1000, bias=False) for _ in range(3)))
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        model.to_empty(device="cuda")
+
+        def check() -> None:
+            for key, value in model.state_dict().items():
+                assert value.to_local().is_cuda
+                assert value.to_local().cpu().equal(saved[key]), key
+            with torch.no_grad():
+                for value in model.parameters():
+                    value.to_local().zero_()
+
+        assert load_sharded(model, tmp_path / "m.pth") == ([], [])
+        check()
+        for group in (None, dist.group.WORLD):
+            load(model.state_dict(), storage_reader=StorageReader(tmp_path / "m.pth", group=group))
+            check()
+    finally:
+        dist.destroy_process_group()

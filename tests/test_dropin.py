@@ -156,6 +156,21 @@ def test_map_location_is_that_of_torch(tmp_path: Path, monkeypatch: pytest.Monke
     assert zipslicer.torch_load(path, "meta")["w"].device.type == "meta"
 
 
+def test_a_device_that_is_here_is_chosen_as_torch_chooses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    weight = torch.arange(1_000_000.0)
+    path = with_location(tmp_path / "a.pt", {"w": weight, "tail": weight[2:], "n": torch.ones(2)}, monkeypatch)
+    asked: list[Any] = [None, "cuda", "cuda:0", torch.device("cuda"), {}, {"cuda:0": "cpu"}, {"cuda:0": "cuda"}]
+    for where in [*asked, lambda storage, _: storage.cuda()]:
+        assert same(torch.load(path, map_location=where), zipslicer.torch_load(path, map_location=where)), where
+    for where in ("cuda:99", {"cuda:0": "cuda:99"}, {"cuda:0": "nowhere"}):
+        with pytest.raises(RuntimeError):
+            torch.load(path, map_location=where)
+        with pytest.raises(RuntimeError):
+            zipslicer.torch_load(path, map_location=where)
+
+
 def test_what_torch_refuses_is_an_error_that_its_callers_catch(tmp_path: Path) -> None:
     path = saved({"w": torch.ones(2), "hp": argparse.Namespace(lr=0.1)}, tmp_path / "a.pt")
     for weights_only in (True, False, None):

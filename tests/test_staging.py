@@ -62,9 +62,8 @@ class LateLane:
         self.run(len(self.waiting))
         self.ended += 1
 
-    def handover(self, target: Any) -> Callable[[], None]:
-        del target
-        return lambda: None
+    def handover(self) -> Callable[[Any], None]:
+        return lambda _: None
 
     def run(self, count: int) -> None:
         with self._lock:
@@ -190,7 +189,8 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> LateLane:
     made, ring = LateLane(), Ring(256, 2)
     monkeypatch.setattr("zipslicer.tensors.lane_of", lambda *_: made)
     monkeypatch.setattr("zipslicer.tensors.ring_of", lambda: ring)
-    monkeypatch.setattr("zipslicer.tensors.SMALL_TO", 0)
+    for limit in ("tensors.SMALL_TO", "tensors.LANE_FROM", "stream.LANE_FROM"):
+        monkeypatch.setattr(f"zipslicer.{limit}", 0)
     return made
 
 
@@ -223,8 +223,9 @@ def test_load_into_goes_by_the_lane(path: Path, lane: LateLane) -> None:
     assert target["tied"].equal(expected["tied"].half())
 
 
-def test_a_cast_keeps_what_is_tied(path: Path) -> None:
-    with zipslicer.load(path, dtype=torch.float16) as sd:
+@pytest.mark.parametrize("where", ["cpu", lambda storage, _: storage, lambda *_: None], ids=["cpu", "same", "none"])
+def test_a_cast_keeps_what_is_tied(path: Path, where: Any) -> None:
+    with zipslicer.load(path, map_location=where, dtype=torch.float16) as sd:
         plain = sd.materialize()
         assert plain["part"].equal(torch.arange(5000.0).half()[100:200])
         assert plain["part"].untyped_storage().data_ptr() == plain["tied"].untyped_storage().data_ptr()
@@ -252,34 +253,67 @@ def test_a_cast_of_a_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
+def repr_of(where: Any) -> str:
+    return "callable" if callable(where) else repr(where)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    monkeypatch.setattr("zipslicer.tensors.SMALL_TO", 0)
+    for limit in ("tensors.SMALL_TO", "tensors.LANE_FROM", "stream.LANE_FROM"):
+        monkeypatch.setattr(f"zipslicer.{limit}", 0)
     yield torch.device("cuda", 0)
     torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_cuda(path: Path, cuda: Any, dtype: Any) -> None:
+@pytest.mark.parametrize(
+    "where", ["cuda", "cuda:0", 0, torch.device("cuda"), {"cpu": "cuda"}, lambda s, _: s.cuda()], ids=repr_of
+)
+def test_cuda(path: Path, cuda: Any, where: Any, dtype: Any) -> None:
     expected = torch.load(path)
-    with zipslicer.load(path, map_location=cuda, dtype=dtype) as sd:
+    with zipslicer.load(path, map_location=where, dtype=dtype) as sd:
         plain = sd.materialize()
         for key, value in expected.items():
             wanted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-            for made in (sd[key], plain[key]):
+            for made in (sd[key], plain[key], sd.get_slice(key)[...]):
                 assert made.device == cuda
                 assert made.cpu().equal(wanted), key
+                assert made.requires_grad == value.requires_grad
+        assert plain["part"].untyped_storage().data_ptr() == plain["tied"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_cuda_small_tensors(tmp_path: Path, device: str | None) -> None:
+    """Without the lane, which they are too small for; many together, and some among large ones."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    state = {f"{i}": torch.full((i % 7 + 1, 3), float(i)) for i in range(1000)}
+    state |= {f"large{i}": torch.full((1 << 18,), float(i)) for i in range(3)}
+    torch.save(state, tmp_path / "m.pth")
+    with zipslicer.load(tmp_path / "m.pth", map_location=None if device else "cuda") as sd:
+        target = {key: torch.zeros_like(value, device="cuda") for key, value in state.items()}
+        with zipslicer.load(tmp_path / "m.pth") as plain:
+            plain.load_into(target)
+        for found in (dict(sd.stream(device=device)), sd.materialize() if device is None else target):
+            assert all(found[key].is_cuda and found[key].cpu().equal(value) for key, value in state.items())
+            assert len({value.untyped_storage().data_ptr() for value in found.values()}) == len(state)
 
 
 def test_cuda_load_into(path: Path, cuda: Any) -> None:
     target = {"w": torch.zeros(60, 100, device=cuda), "tied": torch.zeros(5000, dtype=torch.float16, device=cuda)}
+    target["turned"] = torch.zeros(60, 100, device=cuda).t()
+    target["expanded"] = torch.zeros(3, 4, device=cuda)
     with zipslicer.load(path) as sd:
         sd.load_into(target, strict=False)
+        part = torch.zeros(2, 50, device=cuda)
+        assert sd.get_slice("w").read((slice(3, 5), slice(50, None)), out=part) is part
     expected = torch.load(path)
-    assert target["w"].cpu().equal(expected["w"])
+    for key in ("w", "turned", "expanded"):
+        assert target[key].cpu().equal(expected[key]), key
     assert target["tied"].cpu().equal(expected["tied"].half())
+    assert part.cpu().equal(expected["w"][3:5, 50:])
 
 
 def test_cuda_pinned_memory_is_read_into(path: Path, cuda: Any) -> None:
@@ -296,3 +330,61 @@ def test_cuda_stream(path: Path, cuda: Any) -> None:
         for key, value in sd.stream(device={"t*": "cpu", "*": cuda}):
             assert value.device.type == ("cpu" if key.startswith("t") else "cuda")
             assert value.cpu().equal(expected[key]), key
+
+
+def test_cuda_buffers_are_used_again_while_the_device_is_busy(tmp_path: Path, cuda: Any) -> None:
+    """More than the ring holds, behind work that keeps the device from copying for a while; by several threads."""
+    count = 2 * staging.SLOTS * staging.SLOT_NBYTES // 4 // 8
+    state = {f"w{i}": torch.arange(i, i + count, dtype=torch.int32) for i in range(8)}
+    torch.save(state, tmp_path / "m.pth")
+    wrong: list[str] = []
+    square = torch.randn(4096, 4096, device=cuda)
+
+    def work(dtype: Any) -> None:
+        for _ in range(20):
+            square @ square
+        with zipslicer.load(tmp_path / "m.pth") as sd:
+            for key, value in sd.stream(device=cuda):
+                wanted = torch.arange(int(key[1:]), int(key[1:]) + count, dtype=torch.int32, device=cuda)
+                if not value.to(dtype).equal(wanted.to(dtype)):
+                    wrong.append(f"{key} by stream")
+        for key, value in zipslicer.load(tmp_path / "m.pth", map_location=cuda).materialize().items():
+            if value[0].item() != int(key[1:]) or value.diff().ne(1).any():
+                wrong.append(key)
+
+    threads = [threading.Thread(target=work, args=(dtype,)) for dtype in (torch.int32, torch.int64, torch.float64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_cuda_a_failing_read_leaves_the_lane_as_it_was(tmp_path: Path, cuda: Any) -> None:
+    count = 2 * staging.SLOT_NBYTES // 4
+    for name in ("whole", "cut"):
+        torch.save({"w": torch.arange(count)}, tmp_path / f"{name}.pth")
+    for _ in range(staging.SLOTS + 1):
+        with zipslicer.load(tmp_path / "cut.pth", map_location=cuda) as sd:
+            os.truncate(tmp_path / "cut.pth", os.path.getsize(tmp_path / "cut.pth") - 100)
+            with pytest.raises(zipslicer.ZipSlicerError):
+                sd["w"]
+        torch.save({"w": torch.arange(count)}, tmp_path / "cut.pth")
+    with zipslicer.load(tmp_path / "whole.pth", map_location=cuda) as sd:
+        assert sd["w"].equal(torch.arange(count, device=cuda))
+
+
+def test_cuda_is_written_as_torch_writes_it(tmp_path: Path, cuda: Any) -> None:
+    weight = torch.arange(5000.0, device=cuda)
+    tree = {"w": weight, "part": weight[10:20], "turned": weight.view(50, 100).t(), "p": torch.nn.Parameter(weight)}
+    torch.save(tree, tmp_path / "theirs.pth")
+    zipslicer.save(tree, tmp_path / "ours.pth")
+    for name in ("theirs", "ours"):
+        with zipslicer.load(tmp_path / f"{name}.pth") as sd:
+            assert sd.get_meta("w").location == "cuda:0"
+            assert sd["w"].device.type == "cpu"
+            assert sd["turned"].equal(weight.view(50, 100).t().cpu())
+    got = torch.load(tmp_path / "ours.pth")
+    assert got["w"].device == cuda
+    assert all(got[key].equal(value) for key, value in tree.items())
+    assert got["part"].untyped_storage().data_ptr() == got["w"].untyped_storage().data_ptr()

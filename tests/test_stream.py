@@ -409,14 +409,16 @@ def test_a_stream_by_the_lane(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     waited = []
 
     class Lane(LateLane):
-        def handover(self, target: Any) -> Any:
-            def wait() -> None:
+        def handover(self) -> Any:
+            def wait(target: Any) -> None:
                 waited.append((threading.current_thread(), target.data_ptr()))
 
             return wait
 
     lane = Lane()
     monkeypatch.setattr("zipslicer.tensors.lane_of", lambda *_: lane)
+    for module in ("tensors", "stream"):
+        monkeypatch.setattr(f"zipslicer.{module}.LANE_FROM", 0)
     monkeypatch.setattr("zipslicer.tensors._Place.where", lambda *_: torch.device("cpu"))
     elsewhere = zipslicer.load(path, map_location={"cpu": "cpu"})  # a map, so that the CPU is a place to go to
     monkeypatch.setattr("zipslicer.state_dict.View.on", lambda *_: elsewhere._view)

@@ -278,13 +278,19 @@ def _declared_safe() -> dict[str, Any]:
 
 
 def _where(map_location: Any, view: View) -> Any:
-    """map_location as torch.load has it -> as zipslicer has it."""
+    """map_location as torch.load has it -> as zipslicer has it, which has ways of its own to the CPU and to CUDA devices."""
     import torch
 
-    if map_location is None and set(view.program.locations) <= {"cpu"}:
-        return "cpu"
-    if isinstance(map_location, (str, torch.device)) and torch.device(map_location).type in ("cpu", "meta"):
-        return map_location
+    locations = set(view.program.locations)
+    if isinstance(map_location, (str, torch.device)):
+        if torch.device(map_location).type in ("cpu", "meta") or _is_cuda_here(map_location):
+            return map_location
+    elif map_location is None or isinstance(map_location, dict):
+        chosen = {location: (map_location or {}).get(location, location) for location in locations}
+        if all(where == "cpu" for where in chosen.values()):
+            return "cpu"
+        if all(where == "cpu" or _is_cuda_here(where) for where in chosen.values()):
+            return chosen
     restore = torch.serialization._get_restore_location(map_location)  # type: ignore[no-untyped-call]
     if map_location is not None:
         return restore
@@ -300,6 +306,19 @@ def _where(map_location: Any, view: View) -> Any:
             return storage
 
     return saved
+
+
+def _is_cuda_here(where: Any) -> bool:
+    """Whether it names a CUDA device that this machine has."""
+    import torch
+
+    name = str(where)
+    if not name.startswith("cuda") or not torch.cuda.is_available():
+        return False
+    try:
+        return (torch.device(name).index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        return False
 
 
 # ---------------------------------------------------------------- errors

@@ -15,9 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-__all__ = ["CHUNK_NBYTES", "Lane", "Ring", "Slot", "cast", "lane_of", "memory_of", "ring_of", "send"]
+__all__ = ["CHUNK_NBYTES", "LANE_FROM", "Lane", "Ring", "Slot", "cast", "lane_of", "memory_of", "ring_of", "send"]
 
 CHUNK_NBYTES = 16 << 20  # bytes of the file that are held to be cast; a multiple of every itemsize
+LANE_FROM = 256 << 10  # bytes; what is smaller is sooner copied from where it was read than told a stream to wait for
 SLOT_NBYTES = 32 << 20  # of pinned memory that is copied in one go
 SLOTS = 8  # of a ring: 256 MiB, enough for several readers to be ahead of several devices
 
@@ -63,8 +64,8 @@ class Lane(Protocol):
         """What the device is told to do from here on by this thread comes after the copies."""
         ...
 
-    def handover(self, target: Any) -> Callable[[], None]:
-        """For another thread to call, before it uses what this one has made."""
+    def handover(self) -> Callable[[Any], None]:
+        """For another thread to call with what this one has made up to now, before it uses that."""
         ...
 
 
@@ -96,16 +97,17 @@ class CudaLane:
         self._torch.cuda.current_stream(self._device).wait_stream(self._stream)
         target.record_stream(self._stream)
 
-    def handover(self, target: Any) -> Callable[[], None]:
+    def handover(self) -> Callable[[Any], None]:
         cuda = self._torch.cuda
-        event = cuda.Event()
-        event.record(cuda.current_stream(self._device))
+        made_by, event = cuda.current_stream(self._device), cuda.Event()
+        event.record(made_by)
 
-        def wait() -> None:
+        def wait(target: Any) -> None:
             stream = cuda.current_stream(self._device)
-            stream.wait_event(event)
-            if target.layout is self._torch.strided:
-                target.record_stream(stream)
+            if stream != made_by:
+                stream.wait_event(event)
+                if target.layout is self._torch.strided:
+                    target.record_stream(stream)
 
         return wait
 

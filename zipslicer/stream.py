@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from .backend import Allocate
 from .errors import ZipSlicerError
 from .plan import index, numel
+from .staging import LANE_FROM
 from .table import Leaf
 
 __all__ = ["BUDGET_NBYTES", "WHOLE", "Wanted", "bar_of", "nbytes_of", "stream"]
@@ -118,8 +119,8 @@ class _Ahead:
         self._budget = budget_nbytes
         self._recycler = _Recycler(budget_nbytes // 4)
         self._changed = threading.Condition()
-        # key, value, bytes, and what the taker is to call first
-        self._ready: collections.deque[tuple[Any, Any, int, Callable[[], None] | None]] = collections.deque()
+        # key, value, bytes, and what the taker is to call with the value first
+        self._ready: collections.deque[tuple[Any, Any, int, Callable[[Any], None] | None]] = collections.deque()
         self._held = 0  # bytes that are ready, or are being read
         self._error: BaseException | None = None
         self._is_done = self._is_stopped = False
@@ -140,7 +141,7 @@ class _Ahead:
             self._held -= nbytes
             self._changed.notify_all()
         if wait is not None:
-            wait()
+            wait(value)
         if bar is not None:
             bar.update(nbytes)
         return key, value
@@ -197,7 +198,7 @@ class _Ahead:
 
     def _together(self, group: Sequence[Wanted]) -> list[Any] | None:
         first = group[0]
-        if first.device is not None and first.view is not None and first.view.reader.lane_to(first.device) is not None:
+        if any(each.nbytes >= LANE_FROM for each in group) and self._lane(first) is not None:
             return None
         if any(each.view is not first.view or each.leaf is None or each.index is not WHOLE for each in group):
             return None
@@ -212,20 +213,21 @@ class _Ahead:
         if each.view is None:
             return each.value if each.index is WHOLE else each.value[each.index]
         if each.index is WHOLE:
-            lane = None if each.device is None else each.view.reader.lane_to(each.device)
-            view = each.view if lane is None else each.view.on(each.device)
+            view = each.view if self._lane(each) is None else each.view.on(each.device)
             return view.touch(each.position, each.key)
         try:
             return each.view.reader.slice(each.leaf, each.index)
         except ZipSlicerError as error:
             raise error.located(path=each.view.path, key=each.key) from None
 
+    def _lane(self, each: Wanted) -> Any:
+        return None if each.device is None or each.view is None else each.view.reader.lane_to(each.device)
+
     def _give(self, each: Wanted, value: Any) -> None:
-        wait = None
         if each.device is not None:
             value = value.to(each.device)
-            lane = None if each.view is None else each.view.reader.lane_to(each.device)
-            wait = None if lane is None else lane.handover(value)
+        lane = self._lane(each)
+        wait = None if lane is None else lane.handover()
         with self._changed:
             self._ready.append((each.key, value, each.nbytes, wait))
             self._changed.notify_all()
