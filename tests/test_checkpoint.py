@@ -119,6 +119,23 @@ def test_weights_only_false_warns_and_changes_nothing() -> None:
         zipslicer.load(data, weights_only=True)
 
 
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"unknown": "ignore"}, ValueError),
+        ({"allow": ["pkg.Config"]}, TypeError),
+        ({"limits": {"depth": 3}}, TypeError),
+        ({"window": 3}, TypeError),
+        ({"window": (0, "3")}, TypeError),
+        ({"window": (0, 10**9)}, ValueError),
+    ],
+    ids=repr,
+)
+def test_arguments_that_mean_nothing(bad: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(bad))):
+        zipslicer.open(saved({"w": torch.zeros(1)}), **bad)
+
+
 def test_a_window_of_a_larger_file(tmp_path: Any) -> None:
     one, two = saved({"w": torch.zeros(1)}), saved({"w": torch.ones(1)})
     path = tmp_path / "both"

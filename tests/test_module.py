@@ -203,7 +203,7 @@ def test_a_module_on_the_meta_device_gets_tensors(path: Path) -> None:
     assert isinstance(module[3].head.weight, nn.Parameter)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "bfloat16"])
 def test_assign_puts_new_tensors(path: Path, dtype: Any) -> None:
     module = network().half()
     module[2][0].weight.requires_grad_(False)
@@ -212,9 +212,15 @@ def test_assign_puts_new_tensors(path: Path, dtype: Any) -> None:
         sd.load_into(module, assign=True, dtype=dtype)
     after = module[2][0].weight
     assert after is not before
-    assert (after.dtype, after.requires_grad) == (dtype or torch.float32, False)
+    assert (after.dtype, after.requires_grad) == (torch.bfloat16 if dtype else torch.float32, False)
     assert after.equal(torch.load(path)["2.0.weight"].to(after.dtype))
     assert module[3].head.weight is module[3].embed.weight
+
+
+@pytest.mark.parametrize(("bad", "error"), [(torch.int8, TypeError), ("int8", ValueError), ("x", ValueError)])
+def test_a_dtype_that_is_none(path: Path, bad: Any, error: type[Exception]) -> None:
+    with zipslicer.load(path) as sd, pytest.raises(error, match="dtype"):
+        sd.load_into({}, strict=False, dtype=bad)
 
 
 def test_key_map_and_edits(tmp_path: Path) -> None:

@@ -23,7 +23,19 @@ from makers import Pickle
 
 import zipslicer
 from zipslicer.errors import ProgramError, UnsafeError
-from zipslicer.policy import DTYPES, NOT_PLAIN, Limits, Meaning, actions, construct, meaning_of
+from zipslicer.policy import (
+    DTYPES,
+    NOT_PLAIN,
+    Limits,
+    Meaning,
+    actions,
+    construct,
+    dtype_named,
+    dtype_of,
+    floating_index,
+    is_floating,
+    meaning_of,
+)
 from zipslicer.program import MAX_MADE_KEYS
 
 ZERO = {"0": bytes(4)}
@@ -135,6 +147,20 @@ def test_a_class_as_a_value() -> None:
     made = opened(Pickle().name("os", "system"))
     assert repr(made) == "<placeholder os.system>"
     assert not zipslicer.describe(made).called
+
+
+def test_dtypes_that_can_be_cast() -> None:
+    castable = {dtype.name for i, dtype in enumerate(DTYPES) if is_floating(i)}
+    assert castable == {
+        "float64", "float32", "float16", "bfloat16",
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    }  # fmt: skip
+    for name in castable:
+        assert dtype_of(name) == dtype_of(f"torch.{name}") == floating_index(name) == dtype_named(name)
+    assert dtype_of("complex64") == dtype_named("complex64")
+    for bad in ("complex64", "int8", "float4_e2m1fn_x2", "float17"):
+        with pytest.raises(ValueError, match=bad):
+            floating_index(bad)
 
 
 def test_describe_takes_placeholders_only() -> None:

@@ -503,6 +503,8 @@ def test_get_tensors(sd: Any) -> None:
         sd.get_tensors(["w", "step"])
     with pytest.raises(KeyError):
         sd.get_tensors(["none"])
+    with pytest.raises(TypeError, match="'w' is one"):
+        sd.get_tensors("w")
 
 
 # --- errors have keys -----------------------------------------------------------------------------------------------------

@@ -332,10 +332,29 @@ def test_dtype_casts_floating_point_when_it_is_read() -> None:
     assert sd["f"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("bad", [torch.int8, "float32", torch.complex64, float])
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_dtype_by_its_name(name: str) -> None:
+    sd = loaded({"f": torch.arange(3.0), "i": torch.arange(3)}, dtype=name)
+    for made in (sd, sd.materialize(), dict(sd.stream()), {key: sd.get_slice(key)[...] for key in sd}):
+        assert (made["f"].dtype, made["i"].dtype) == (torch.bfloat16, torch.int64)
+
+
+@pytest.mark.parametrize("bad", [torch.int8, torch.complex64, float])
 def test_dtype_of_another_kind(bad: Any) -> None:
     with pytest.raises(TypeError, match="floating-point"):
         loaded({"w": torch.zeros(1)}, dtype=bad)["w"]
+
+
+@pytest.mark.parametrize("bad", ["int8", "complex64", "float4_e2m1fn_x2", "half a float", ""])
+def test_dtype_by_another_name(bad: str) -> None:
+    with pytest.raises(ValueError, match="dtype"):
+        loaded({"w": torch.zeros(1)}, dtype=bad)
+
+
+@pytest.mark.parametrize("bad", ["4", 1.5])
+def test_threads_are_a_whole_number(bad: Any) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        loaded({"w": torch.zeros(1)}, threads=bad)
 
 
 # --- what is set around us ---------------------------------------------------------------------------------------------
@@ -821,6 +840,8 @@ def test_out_of_another_shape_or_kind(tree: tuple[Path, dict[str, Any]]) -> None
             sd.get_tensor("none", out=dense)
         with pytest.raises(TypeError):
             sd.get_slice("large").read([0], out=dense)
+        with pytest.raises(TypeError, match="out is a tensor"):
+            sd.get_tensor("large", out=[0.0])
 
 
 def test_out_keeps_what_is_between_its_elements() -> None:

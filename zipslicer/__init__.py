@@ -28,6 +28,7 @@ from .verify import Verified
 if TYPE_CHECKING:
     from .conversion import Converted, convert
     from .dropin import patch_torch_load, torch_load
+    from .module import LoadReport
     from .writer import Group, Writer, save
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "LazySlice",
     "LazyStateDict",
     "Limits",
+    "LoadReport",
     "Placeholder",
     "ProgramError",
     "Scan",
@@ -69,6 +71,7 @@ __all__ = [
 _LATE = {
     "Converted": "conversion",
     "Group": "writer",
+    "LoadReport": "module",
     "Writer": "writer",
     "convert": "conversion",
     "patch_torch_load": "dropin",

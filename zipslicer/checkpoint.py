@@ -153,7 +153,7 @@ def open(
             safetensors file is opened through the package of that name.
         map_location: where tensors go: a device, a dict from the file's device names to devices, or a callable
             (storage, device name) -> storage or None, as torch.load has it. None is the CPU, whatever the file names.
-        dtype: a floating-point torch.dtype: floating-point tensors are cast to it when they are read.
+        dtype: a floating-point torch.dtype, or its name: floating-point tensors are cast to it when they are read.
         cache_tensors: keep each storage that was read, whole; tensors then share memory as they do in the file.
         framework: "pt" makes tensors of torch, "np" arrays of NumPy, for which torch need not be there. Then `dtype` is a
             floating-point dtype of NumPy, and `map_location` "cpu" or None.
@@ -184,12 +184,10 @@ def open(
         OSError: the system cannot open or read it.
         CheckpointError: it is damaged, or contradicts itself; UnsupportedError, UnsafeError.
     """
-    if unknown not in ("placeholder", "error"):
-        raise ValueError(f'unknown must be "placeholder" or "error", not {unknown!r}')
     options = ReadOptions(
         map_location, dtype, cache_tensors, threads, framework, mmap, direct, storage_options, cache_dir
     )
-    terms = _Terms(unknown, dict(allow or {}), limits or Limits(), window, record)
+    terms = _Terms(unknown, {} if allow is None else allow, limits or Limits(), window, record)
     checkpoint = _opened(source, options, terms, check)
     if verify:
         try:
@@ -261,6 +259,17 @@ class _Terms:
     limits: Limits
     window: tuple[int, int] | None
     record: str
+
+    def __post_init__(self) -> None:
+        if self.unknown not in ("placeholder", "error"):
+            raise ValueError(f'unknown must be "placeholder" or "error", not {self.unknown!r}')
+        if not isinstance(self.allow, Mapping):
+            raise TypeError(f"allow maps dotted names to classes; it is no {type(self.allow).__name__}")
+        if not isinstance(self.limits, Limits):
+            raise TypeError(f"limits are zipslicer.Limits, not {type(self.limits).__name__}")
+        window: Any = self.window
+        if window is not None and not (isinstance(window, tuple) and [type(n) for n in window] == [int, int]):
+            raise TypeError(f"window is a pair of offset and nbytes, not {window!r}")
 
 
 def _opened(source: Any, options: ReadOptions, terms: _Terms, check: bool) -> Checkpoint:

@@ -16,20 +16,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from .archive import Archive
-from .backend import COMPLEX, DIFFERENTIABLE, Kind
+from .backend import Kind
 from .checkpoint import Checkpoint
 from .checkpoint import open as open_checkpoint
 from .dcp_metadata import is_metadata
 from .dcp_writer import Item, items_of, write_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
-from .policy import DTYPES, dtype_named
+from .policy import DTYPES, dtype_named, floating_index, is_floating
 from .replacement import Output
 from .safetensors_file import PACKED
 from .state_dict import LazySequence, LazySlice, LazyStateDict, Patterns
 from .stream import bar_of
 from .table import TensorInfo
 from .tensors import default_threads
-from .writer import CHUNK_NBYTES, Writer, elements_of, floating_index, is_code, output_of, refuse_repeated, save
+from .writer import CHUNK_NBYTES, Writer, elements_of, is_code, output_of, refuse_repeated, save
 
 __all__ = ["Converted", "convert"]
 
@@ -437,7 +437,7 @@ def _plan(tensors: LazyStateDict, found: Converted, dtype: Any) -> list[_Planned
         leaf = None if view is None else view.table.leaf(place)
         given = _check(name, info, is_bare=view is not None and leaf is None, path=tensors.path)
         made = given
-        if wanted is not None and DTYPES[given].traits & DIFFERENTIABLE and not DTYPES[given].traits & COMPLEX:
+        if wanted is not None and is_floating(given):
             made = wanted
         extent = None
         if view is not None and leaf is not None and leaf.composite is None:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, cast
 
 from .archive import Archive
 from .archive_writer import ArchiveWriter
-from .backend import COMPLEX, DIFFERENTIABLE, Entry, Kind, choose
+from .backend import Entry, Kind, choose
 from .dcp_metadata import METADATA, MODULE, STORAGE_MODULE, Path, Window, read_folder
 from .errors import TableError, ZipSlicerError
 from .pickling import At, Kept, Pickler, Storages
-from .policy import DTYPES, Description, Limits, Placeholder, dtype_named
+from .policy import DTYPES, Description, Limits, Placeholder, dtype_named, is_floating
 from .replacement import Output
 from .state_dict import LazySequence, LazySlice, LazyStateDict, View
 from .table import TOO_LONG
@@ -143,8 +143,7 @@ def _item(name: str, path: Path, view: View, position: int, value: Any, wanted: 
     if not is_dense or info is None:
         return Item(name, path, None, value if position < 0 else At(view, position), -1)
     dtype = dtype_named(info.dtype_name)
-    traits = DTYPES[dtype].traits
-    if wanted is not None and traits & DIFFERENTIABLE and not traits & COMPLEX:
+    if wanted is not None and is_floating(dtype):
         dtype = wanted
     return Item(name, path, one.get_slice(name), None, dtype)
 

@@ -19,7 +19,7 @@ from .lazy import Lazy, materialize
 from .plan import hull
 from .stream import BUDGET_NBYTES, Wanted, bar_of, nbytes_of, stream
 from .table import Leaf, TensorInfo
-from .tensors import bump, has_memory
+from .tensors import bump, has_memory, torch_dtype
 
 __all__ = ["KeyMap", "LoadReport", "load_into"]
 
@@ -79,7 +79,8 @@ def load_into(
 
     if source._view.framework != "pt":
         raise ValueError('load_into fills tensors of torch; open the file with framework="pt"')
-    loading = _Loading(torch, _renamed(source, key_map), strict, assign, dtype, progress)
+    wanted = torch_dtype(torch, dtype)
+    loading = _Loading(torch, _renamed(source, key_map), strict, assign, wanted, progress)
     if isinstance(target, torch.nn.Module):
         return loading.module(target)
     if isinstance(target, torch.optim.Optimizer):

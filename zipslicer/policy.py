@@ -30,6 +30,9 @@ __all__ = [
     "describe",
     "dtype_index",
     "dtype_named",
+    "dtype_of",
+    "floating_index",
+    "is_floating",
     "machine_limits",
     "meaning_of",
     "public_first",
@@ -266,6 +269,29 @@ def dtype_index(name: str) -> int | None:
 def dtype_named(name: str) -> int:
     """The place in DTYPES of a dtype: of "float32"."""
     return next(i for i, dtype in enumerate(DTYPES) if dtype.name == name)
+
+
+def dtype_of(dtype: Any) -> int:
+    """The same of a dtype of torch or NumPy, or of its name. Raises: ValueError."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
+    name = name.removeprefix("torch.")
+    if all(name != known.name for known in DTYPES):
+        raise ValueError(f"torch has no storages of dtype {dtype!r}")
+    return dtype_named(name)
+
+
+def is_floating(dtype: int) -> bool:
+    """Whether a dtype of DTYPES can be cast, and cast to. float4 has two elements in what torch counts as one: it cannot."""
+    name, traits = DTYPES[dtype].name, DTYPES[dtype].traits
+    return bool(traits & DIFFERENTIABLE) and not traits & COMPLEX and name != "float4_e2m1fn_x2"
+
+
+def floating_index(dtype: Any) -> int:
+    """The place in DTYPES of such a one, however it is given. Raises: ValueError."""
+    index = dtype_of(dtype)
+    if not is_floating(index):
+        raise ValueError(f"tensors are cast to floating-point dtypes, and {dtype!r} is none")
+    return index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -718,6 +718,8 @@ class LazyStateDict(Lazy, MutableMapping[Any, Any]):
 
     def get_tensors(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """Several at once, in parallel and in file order; those that share a storage in the file share it here."""
+        if isinstance(keys, (str, bytes)):
+            raise TypeError(f"get_tensors takes several keys, and {keys!r} is one")
         wanted = list(keys)
         for key in wanted:
             self._require_meta(key)
@@ -767,7 +769,7 @@ class LazyStateDict(Lazy, MutableMapping[Any, Any]):
             KeyError: a key is not there. IndexError, TypeError, ValueError: a slice is none of its tensor's.
             OSError and the errors of zipslicer.errors, from the generator: with `.key`, after all that comes before it.
         """
-        if budget_bytes < 1:
+        if operator.index(budget_bytes) < 1:
             raise ValueError(f"budget_bytes must be at least 1, not {budget_bytes}")
         if device is not None and self._view.framework == "np":
             raise ValueError('arrays are on the CPU: device= needs framework="pt"')
@@ -1229,6 +1231,8 @@ class LazySlice:
             raise error.located(path=self._view.path, key=self._key) from None
 
     def _check_shape(self, index: Any, out: Any) -> None:
+        if not hasattr(out, "shape"):
+            raise TypeError(f'out is a tensor, or an array with framework="np", not {type(out).__name__}')
         shape = self.shape
         if not (isinstance(index, tuple) and not index):
             shape = apply_index(Geometry(0, shape, (1,) * len(shape)), index).geometry.sizes

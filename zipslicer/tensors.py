@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,13 +33,22 @@ from .backend import (
 from .composites import Composite, Dense, Member, compose, find, is_sliceable
 from .errors import TableError, ZipSlicerError
 from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces, row_major
-from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning
+from .policy import COMPOSITES, DTYPES, NOT_PLAIN, Meaning, floating_index
 from .program import ARGS, Builder
 from .source import OpenFile
 from .staging import CHUNK_NBYTES, LANE_FROM, Lane, cast, lane_of, memory_of, ring_of, send
 from .table import NO_GRAD, ROW, ROW_NBYTES, Leaf, Row, TensorTable
 
-__all__ = ["ReadOptions", "RowReader", "TensorReader", "bump", "cpu_quota", "default_threads", "has_memory"]
+__all__ = [
+    "ReadOptions",
+    "RowReader",
+    "TensorReader",
+    "bump",
+    "cpu_quota",
+    "default_threads",
+    "has_memory",
+    "torch_dtype",
+]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
@@ -64,7 +74,7 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         # What can be told without torch is told at once, not at the first touch.
-        if self.threads is not None and self.threads < 1:
+        if self.threads is not None and operator.index(self.threads) < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.framework not in ("pt", "np"):
             raise ValueError(f'framework must be "pt" or "np", not {self.framework!r}')
@@ -73,7 +83,9 @@ class ReadOptions:
         if self.framework == "np":
             self._check_for_arrays()
             return
-        if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
+        if isinstance(self.dtype, str):
+            floating_index(self.dtype)
+        elif self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
             raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
         where = self.map_location
         known = where is None or isinstance(where, (str, int, dict)) or callable(where)
@@ -1030,6 +1042,15 @@ def has_memory(torch: Any, target: Any) -> bool:
     return bool(target.untyped_storage().nbytes() >= needed)
 
 
+def torch_dtype(torch: Any, given: Any) -> Any:
+    """A dtype that was asked for, maybe by its name. Raises: TypeError, ValueError."""
+    if isinstance(given, str):
+        return getattr(torch, DTYPES[floating_index(given)].name)
+    if not (given is None or getattr(given, "is_floating_point", False)):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, not {given!r}")
+    return given
+
+
 def bump(torch: Any, target: Any) -> None:
     """Let autograd know that a tensor was written to."""
     if not target.is_inference():
@@ -1136,7 +1157,7 @@ class _Place:
             self._call = where
         self.is_call = self._call is not None
         self.is_meta = self.device is not None and self.device.type == "meta"
-        self.dtype = options.dtype
+        self.dtype = torch_dtype(torch, options.dtype)
         self.special = bool(self.device or self._call or self._table or self.dtype)
 
     def where(self, location: str) -> Any:

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from .archive import Archive
 from .archive_writer import ArchiveWriter
 from .arrays import array_dtype
-from .backend import COMPLEX, DIFFERENTIABLE, Entry
+from .backend import Entry
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError, ZipSlicerError
 from .pickling import At, Kept, Pickler
 from .plan import blocks, numel
-from .policy import DTYPES, dtype_named
+from .policy import DTYPES, dtype_named, dtype_of, floating_index, is_floating
 from .replacement import Output, Replacement
 from .state_dict import LazySequence, LazySlice, LazyStateDict, View
 from .stream import bar_of
@@ -38,10 +38,8 @@ __all__ = [
     "Records",
     "Writer",
     "cast_chunks",
-    "dtype_of",
     "elements_of",
     "finish",
-    "floating_index",
     "is_code",
     "output_of",
     "refuse_repeated",
@@ -51,7 +49,6 @@ __all__ = [
 
 CHUNK_NBYTES = 16 << 20  # of a storage that are held at a time; a multiple of every itemsize
 UNIT = 16  # bytes; of the largest element: parts of a storage are cut at multiples of it
-PACKED = ("float4_e2m1fn_x2",)  # two elements in what torch counts as one: it has no casts of them
 SWAPPED = {2: "H", 4: "I", 8: "Q"}  # type codes of array.array for units of byte order
 EXPANDED_NBYTES = 1 << 30  # of a tensor that repeats itself (stride 0): a few bytes in a file can stand for terabytes
 VERSION = b"3\n"  # of the archive, as torch.save counts
@@ -312,7 +309,8 @@ class Records:
 
     def array(self, value: Any) -> Kept | None:
         """A NumPy array; one of this machine's byte order, and of a dtype that torch has."""
-        if not self._arrays or str(value.dtype) not in _NAMES or not value.dtype.isnative:
+        is_known = any(dtype.name == str(value.dtype) for dtype in DTYPES)
+        if not self._arrays or not is_known or not value.dtype.isnative:
             return None
         return self.chunked(value.nbytes, views_of(value, dtype_named(str(value.dtype))))
 
@@ -371,8 +369,7 @@ class Records:
         if to is None or row is None:
             return -1, None
         table, given = view.table, dtype_named(view.table.dtype(row.dtype).name)
-        traits = DTYPES[given].traits
-        if given == to or not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[given].name in PACKED:
+        if given == to or not is_floating(given):
             return given, None
         if id(table) not in self._quantizers:
             self._quantizers[id(table)] = set(table.quantizers())
@@ -526,27 +523,6 @@ def _is_numpy(framework: str, obj: Any = None) -> bool:
     if framework not in ("pt", "np"):
         raise ValueError(f'framework must be "pt" or "np", not {framework!r}')
     return framework == "np" or (isinstance(obj, (LazyStateDict, LazySequence)) and obj._view.framework == "np")
-
-
-_NAMES = {dtype.name for dtype in DTYPES}
-
-
-def dtype_of(dtype: Any) -> int:
-    """An index into DTYPES. Raises: ValueError."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
-    name = name.removeprefix("torch.")
-    if name not in _NAMES:
-        raise ValueError(f"torch has no storages of dtype {dtype!r}")
-    return dtype_named(name)
-
-
-def floating_index(dtype: Any) -> int:
-    """The same of a dtype that tensors can be cast to."""
-    index = dtype_of(dtype)
-    traits = DTYPES[index].traits
-    if not traits & DIFFERENTIABLE or traits & COMPLEX or DTYPES[index].name in PACKED:
-        raise ValueError(f"tensors are cast to floating-point dtypes, and {dtype!r} is none")
-    return index
 
 
 def views_of(chunk: Any, dtype: int) -> Iterator[memoryview]:
