@@ -114,7 +114,8 @@ def test_autograd_sees_that_a_parameter_was_written_to(path: Path) -> None:
 
 
 def test_straight_reads_take_no_memory_of_their_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zipslicer.tensors import RowReader, TensorReader
+    from zipslicer.reader import RowReader
+    from zipslicer.tensors import TensorReader
 
     module = nn.Linear(4, 4)
     torch.save(randomized(nn.Linear(4, 4)).state_dict(), path)

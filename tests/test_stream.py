@@ -277,7 +277,7 @@ def test_two_streams_and_touches_at_once(path: Path) -> None:
 
 
 def test_large_ones_are_read_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zipslicer.tensors.PORTION_NBYTES", 1 << 20)
+    monkeypatch.setattr("zipslicer.reader.PORTION_NBYTES", 1 << 20)
     torch.save({"w": torch.arange(700_000), "v": torch.arange(10)}, tmp_path / "m.pth")
     with zipslicer.load(tmp_path / "m.pth") as sd:
         got = dict(sd.stream())

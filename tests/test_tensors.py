@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import math
 import mmap
 import os
 import select
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 
 import zipslicer
-from zipslicer.tensors import cpu_quota, default_threads
 
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
@@ -351,12 +349,6 @@ def test_dtype_by_another_name(bad: str) -> None:
         loaded({"w": torch.zeros(1)}, dtype=bad)
 
 
-@pytest.mark.parametrize("bad", ["4", 1.5])
-def test_threads_are_a_whole_number(bad: Any) -> None:
-    with pytest.raises(TypeError, match="integer"):
-        loaded({"w": torch.zeros(1)}, threads=bad)
-
-
 # --- what is set around us ---------------------------------------------------------------------------------------------
 
 
@@ -480,17 +472,6 @@ def test_workers_of_a_dataloader_read_the_same_file(tmp_path: Path, method: str)
     assert torch.equal(got, torch.arange(200.0).view(20, 10) + torch.arange(20.0).mul(1000).view(20, 1))
 
 
-def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ZIPSLICER_THREADS", raising=False)
-    assert 1 <= default_threads() <= 8
-    monkeypatch.setenv("ZIPSLICER_THREADS", "3")
-    assert default_threads() == 3
-    for bad in ("0", "-1", "many"):
-        monkeypatch.setenv("ZIPSLICER_THREADS", bad)
-        with pytest.raises(ValueError, match="ZIPSLICER_THREADS"):
-            default_threads()
-
-
 # ---------------------------------------------------------------- small tensors, which torch makes and the backend fills
 
 
@@ -538,45 +519,6 @@ def test_no_memory_is_written_to_that_a_fake_tensor_does_not_have(tmp_path: Path
         with FakeTensorMode(), contextlib.suppress(RuntimeError):  # torch's own, of what is no fake one
             sd["w"]
         assert sd["w"].tolist() == [0, 1, 2, 3, 4, 5]
-
-
-# ---------------------------------------------------------------- how many threads
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "files", "quota"),
-    [
-        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "max 100000\n"}, 1.5),
-        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
-        ("0::/../../elsewhere\n", {"cpu.max": "50000 100000\n"}, 0.5),
-        (
-            "4:memory:/m\n3:cpu,cpuacct:/a\n",
-            {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
-            2,
-        ),
-        ("3:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, math.inf),
-        ("0::/\n", {}, math.inf),
-        ("nonsense\n::\n", {"cpu.max": "what\n"}, math.inf),
-        (None, {}, math.inf),
-    ],
-)
-def test_the_quota_of_control_groups(tmp_path: Path, cgroup: Any, files: dict[str, str], quota: float) -> None:
-    if cgroup is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(cgroup)
-    for name, content in files.items():
-        file = tmp_path / "sys/fs/cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    assert cpu_quota(str(tmp_path)) == quota
-
-
-@pytest.mark.parametrize(("quota", "threads"), [(0.2, 1), (1.5, 2), (1, 1), (math.inf, 5), (100, 5)])
-def test_threads_go_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch, quota: float, threads: int) -> None:
-    monkeypatch.delenv("ZIPSLICER_THREADS", raising=False)
-    monkeypatch.setattr("zipslicer.tensors.cpu_quota", lambda: quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
-    assert default_threads() == threads
 
 
 # --- mmap=True and direct=True ----------------------------------------------------------------------------------------

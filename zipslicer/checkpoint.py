@@ -20,13 +20,13 @@ from .legacy import Legacy, open_archive
 from .opening import open_source
 from .policy import Limits
 from .program import run_program
+from .reader import ReadOptions, default_threads
 from .safetensors_file import is_safetensors, safetensors_table
 from .shards import ShardedView, locate, read_index
 from .source import ByteSource, OpenFile
 from .state_dict import LazyStateDict, View
 from .stream import bar_of
 from .table import TensorTable
-from .tensors import ReadOptions, default_threads
 from .verify import Verified
 from .verify import check as check_archives
 

@@ -23,12 +23,12 @@ from .dcp_metadata import is_metadata
 from .dcp_writer import Item, items_of, write_folder
 from .errors import ArchiveError, UnsupportedError, ZipSlicerError
 from .policy import DTYPES, dtype_named, floating_index, is_floating
+from .reader import default_threads
 from .replacement import Output
 from .safetensors_file import PACKED
 from .state_dict import LazySequence, LazySlice, LazyStateDict, Patterns
 from .stream import bar_of
 from .table import TensorInfo
-from .tensors import default_threads
 from .writer import CHUNK_NBYTES, Writer, elements_of, is_code, output_of, refuse_repeated, save
 
 __all__ = ["Converted", "convert"]

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from .backend import Kind
 from .errors import ZipSlicerError
+from .reader import below
 from .state_dict import View
-from .tensors import TensorReader, _below
+from .tensors import TensorReader
 
 __all__ = ["Deferral", "DeferredTensor", "build_deferred"]
 
@@ -180,7 +181,7 @@ def build_deferred(view: View) -> Any:
         if kind == Kind.STORAGE
         or (kind in (Kind.CALL, Kind.OBJECT, Kind.TYPED) and not program.is_mapping(payloads[position]))
     ]
-    numbers, storages = _below(table, now, {})
+    numbers, storages = below(table, now, {})
     if table.swapped or not reader._is_plain:
         numbers = list(range(len(rows)))
     # A storage is deferred as a whole, or not at all: what is tied must stay so.

@@ -17,8 +17,8 @@ from .composites import Composite, Dense, Member
 from .errors import TableError, UnsupportedError
 from .plan import Geometry, Piece, hull, index, is_contiguous, may_overlap, numel, pieces
 from .policy import DTYPES, NOT_PLAIN, Meaning, dtype_index
+from .reader import ReadOptions, RowReader
 from .table import Leaf, Row, TensorTable
-from .tensors import ReadOptions, RowReader
 
 __all__ = ["ArrayReader"]
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from .backend import Entry
+from .reader import below, default_threads
 from .source import ByteSource, read_into
 from .table import TensorTable
-from .tensors import _below, default_threads
 
 __all__ = ["prefetch"]
 
@@ -72,7 +72,7 @@ def _cells(places: Places) -> Iterator[_Cell]:
 
 def _wanted(table: TensorTable, positions: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(record, start, nbytes) of what is read of each row and storage; all of a record that is compressed."""
-    numbers, storages = _below(table, positions, {})
+    numbers, storages = below(table, positions, {})
     rows = [table.row(number) for number in numbers]
     wanted = [(row.storage, row.storage_offset * row.itemsize, row.extent * row.itemsize) for row in rows]
     wanted += [(storage, 0, table.storage_nbytes(storage)) for storage in storages]

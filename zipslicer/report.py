@@ -30,13 +30,13 @@ from .checkpoint import open as open_checkpoint
 from .difference import Difference, differences
 from .errors import ZipSlicerError, printable
 from .policy import describe
+from .reader import default_threads
 from .replacement import Replacement
 from .scan import scan
 from .source import without_secrets
 from .state_dict import LazySlice, LazyStateDict
 from .stream import bar_of
 from .table import TensorInfo
-from .tensors import default_threads
 from .values import Values, slice_of, values_of
 
 __all__ = ["Flag", "Reported", "flags_of", "write_report"]

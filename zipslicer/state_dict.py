@@ -45,7 +45,7 @@ from .table import TOO_LONG, Leaf, TensorInfo, TensorTable, name_room
 
 if TYPE_CHECKING:
     from .module import LoadReport
-    from .tensors import ReadOptions, RowReader
+    from .reader import ReadOptions, RowReader
 
 __all__ = ["LazySequence", "LazySlice", "LazyStateDict", "View"]
 

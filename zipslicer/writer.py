@@ -27,11 +27,11 @@ from .errors import UnsupportedError, ZipSlicerError
 from .pickling import At, Kept, Pickler
 from .plan import blocks, numel
 from .policy import DTYPES, dtype_named, dtype_of, floating_index, is_floating
+from .reader import below, default_threads
 from .replacement import Output, Replacement
 from .state_dict import LazySequence, LazySlice, LazyStateDict, View
 from .stream import bar_of
 from .table import Row, TensorInfo, TensorTable
-from .tensors import _below, default_threads
 
 __all__ = [
     "Group",
@@ -621,7 +621,7 @@ def _note(places: Sequence[tuple[View, int]], found: Extents, whole: Extents | N
         by_view.setdefault(id(view), (view, []))[1].append(position)
     for view, positions in by_view.values():
         table, empty = view.table, set[tuple[int, int]]()
-        numbers, storages = _below(table, positions, {})
+        numbers, storages = below(table, positions, {})
         if whole is not None:
             for storage in (*storages, *(table.row(number).storage for number in numbers)):
                 whole[id(table), storage] = 0, table.storage_nbytes(storage)
