@@ -53,7 +53,7 @@ def main() -> None:
     torch.save(wanted, path)
 
     def is_right(got: dict[str, Any]) -> bool:
-        return list(got) == list(wanted) and all(got[key].equal(wanted[key]) for key in got)
+        return got.keys() == wanted.keys() and all(got[key].equal(wanted[key]) for key in got)
 
     def opened() -> bool:
         with zipslicer.load(path) as other:

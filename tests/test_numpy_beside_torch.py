@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -187,5 +188,6 @@ def test_files_made_elsewhere() -> None:
             zipslicer.open(path)
         except (ZipSlicerError, ImportError):
             continue
-        count += compared_whole(path)
+        with contextlib.suppress(NotImplementedError):  # a dtype that this torch lacks, and NumPy has
+            count += compared_whole(path)
     assert count > 100
