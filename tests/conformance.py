@@ -507,7 +507,7 @@ TYPED = (
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128"),
     *("int64", "int32", "int16", "int8", "uint8"),
 )
-NEWEST = ("float8_e8m0fnu", "float4_e2m1fn_x2")  # that the oldest torch does not have
+NEWEST = ("float8_e8m0fnu", "float4_e2m1fn_x2", "bcomplex32")  # that the oldest torch does not have
 UNTYPED = (
     *("uint16", "uint32", "uint64", "complex32", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz"),
     *(name for name in NEWEST if hasattr(torch, name)),

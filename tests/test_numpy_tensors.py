@@ -59,6 +59,9 @@ def numpy_dtype(dtype: Dtype) -> Any:
     """What a dtype must come out as, named by hand. Skips where it takes ml_dtypes."""
     if dtype.name in CARRIED:
         return CARRIED[dtype.name]
+    if dtype.name == "bcomplex32":
+        half = pytest.importorskip("ml_dtypes").bfloat16
+        return np.dtype([("real", half), ("imag", half)])
     if dtype.name == "bfloat16" or dtype.name.startswith("float8"):
         return np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype.name))
     return np.dtype(dtype.name)
@@ -188,11 +191,13 @@ def test_conj_and_neg_are_carried_out() -> None:
     assert (type(scalar), scalar.shape, scalar.item()) == (np.ndarray, (), 1 - 2j)
 
 
-def test_conj_and_neg_of_half_complex_numbers() -> None:
-    data = np.array([1, 2, -3, 4], np.float16).tobytes()
-    sd = one("complex32", data, (2,), (1,), metadata={"conj": True, "neg": False})
+@pytest.mark.parametrize("dtype", ["complex32", "bcomplex32"])
+def test_conj_and_neg_of_half_complex_numbers(dtype: str) -> None:
+    half = np.float16 if dtype == "complex32" else pytest.importorskip("ml_dtypes").bfloat16
+    data = np.array([1, 2, -3, 4], half).tobytes()
+    sd = one(dtype, data, (2,), (1,), metadata={"conj": True, "neg": False})
     assert (sd["w"]["real"].tolist(), sd["w"]["imag"].tolist()) == ([1, -3], [-2, -4])
-    sd = one("complex32", data, (2,), (1,), metadata={"conj": True, "neg": True})
+    sd = one(dtype, data, (2,), (1,), metadata={"conj": True, "neg": True})
     assert (sd["w"]["real"].tolist(), sd["w"]["imag"].tolist()) == ([-1, 3], [2, 4])
 
 

@@ -357,7 +357,8 @@ def test_product(container: str, family: str, kind: str, protocol: int, tmp_path
         assert differences_in_meta(wanted, loaded) == []
 
 
-@pytest.mark.skipif(not hasattr(torch, conformance.NEWEST[-1]), reason="this torch has not all dtypes")
 def test_no_dtype_is_left_out() -> None:
-    assert sorted(itertools.chain(*FAMILIES.values())) == sorted(dtype.name for dtype in DTYPES)
-    assert all(isinstance(getattr(torch, dtype.name), torch.dtype) for dtype in DTYPES)
+    here = {dtype.name for dtype in DTYPES if hasattr(torch, dtype.name)}
+    assert {dtype.name for dtype in DTYPES} - here <= set(conformance.NEWEST)
+    assert here - set(itertools.chain(*FAMILIES.values())) <= set(PACKED)  # which an old torch makes no views of
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in here)

@@ -19,7 +19,8 @@ __all__ = ["CARRIERS", "array_dtype", "array_value", "floating_dtype"]
 PLAIN_CODE = re.compile(r"(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SUV][0-9]{1,9}|[Mm]8)")
 # dtypes of torch whose bytes NumPy has no numbers for, and what carries them: as many bytes, so that geometries hold.
 CARRIERS = {
-    "complex32": [("real", "f2"), ("imag", "f2")],
+    "complex32": [("real", "float16"), ("imag", "float16")],
+    "bcomplex32": [("real", "bfloat16"), ("imag", "bfloat16")],
     "float4_e2m1fn_x2": "u1",  # two elements in a byte, the first one in its low half; ml_dtypes has one in each
     "bits8": "u1",
     "bits16": "u2",
@@ -42,7 +43,8 @@ def array_dtype(name: str) -> Any:
     """
     np = _numpy()
     if name in CARRIERS:
-        return np.dtype(CARRIERS[name])
+        carrier = CARRIERS[name]
+        return np.dtype(carrier if isinstance(carrier, str) else [(part, array_dtype(half)) for part, half in carrier])
     if name != "bfloat16" and not name.startswith("float8"):
         return np.dtype(name)
     try:

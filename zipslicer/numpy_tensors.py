@@ -126,7 +126,7 @@ class ArrayReader(RowReader):
         """With conj and neg carried out: an array has no such bits."""
         np, name = self.np, self.table.dtype(row.dtype).name
         done = np.empty_like(made)
-        if name == "complex32":
+        if done.dtype.names is not None:  # complex numbers that NumPy has none of
             for part, is_turned in (("real", row.neg), ("imag", row.conj != row.neg)):
                 done[part] = -made[part] if is_turned else made[part]
             return done

@@ -75,6 +75,7 @@ DTYPES: Final[tuple[Dtype, ...]] = (
     Dtype("uint32", 4, 4, None, "U32", 0),
     Dtype("uint64", 8, 8, None, "U64", 0),
     Dtype("complex32", 4, 2, None, None, _C),
+    Dtype("bcomplex32", 4, 2, None, None, _C),
     Dtype("float8_e5m2", 1, 1, None, "F8_E5M2", _F),
     Dtype("float8_e4m3fn", 1, 1, None, "F8_E4M3", _F),
     Dtype("float8_e5m2fnuz", 1, 1, None, "F8_E5M2FNUZ", _F),

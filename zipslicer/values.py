@@ -66,7 +66,7 @@ def doubles(made: Any) -> Any:
             made = made.contiguous().view(torch.uint8)
         made = made.to(torch.complex128).abs() if made.is_complex() else made.to(torch.float64)
         made = made.numpy()
-    elif made.dtype.names is not None:  # complex32, of which NumPy has none
+    elif made.dtype.names is not None:  # complex numbers that NumPy has none of
         made = np.hypot(*(made[part].astype(np.float64) for part in made.dtype.names))
     elif made.dtype.kind == "c":
         made = np.abs(made.astype(np.complex128))
