@@ -85,6 +85,7 @@ def write(folder: Path) -> None:
         "few": torch.randn(3),
     }
     torch.save(tensors, folder / "tensors.pth")
+    torch.save({"w": torch.ones(1000, 2500), "epoch": 3}, folder / "values.pth")
     torch.save({f"layer{i}": torch.full((1000, 2500), float(i)) for i in range(16)}, folder / "large.pth")
 
 
@@ -258,23 +259,27 @@ def together(folder: Path) -> bool:
 
 
 def together_or_not_at_all(folder: Path) -> bool:
-    """A rank that cannot read says so, and no other one waits for it."""
+    """A rank that cannot read a tensor, or load another value, says so, and no other one waits for it."""
 
     def refuse(*_: Any) -> None:
         raise OSError(5, "no such luck")
 
-    state = {f"layer{i}": torch.zeros(1000, 2500) for i in range(16)}
-    reader = StorageReader(folder / "large.pth", group=dist.group.WORLD)
-    reading = zipslicer.distributed._File.read
-    if dist.get_rank() == 1:
-        zipslicer.distributed._File.read = refuse  # type: ignore[method-assign, assignment]
-    try:
-        load(state, storage_reader=reader)
-    except CheckpointException as caught:
-        return "no such luck" in str(caught.failures)
-    finally:
-        zipslicer.distributed._File.read = reading  # type: ignore[method-assign]
-    return False
+    good = True
+    for name in ("read", "pickled"):
+        state: dict[str, Any] = {"w": torch.zeros(1000, 2500), "epoch": 0}
+        reader = StorageReader(folder / "values.pth", group=dist.group.WORLD)
+        usual = getattr(zipslicer.distributed._File, name)
+        if dist.get_rank() == 1:
+            setattr(zipslicer.distributed._File, name, refuse)
+        try:
+            load(state, storage_reader=reader)
+            good = False
+        except CheckpointException as caught:
+            good &= len(caught.failures) == dist.get_world_size() and "no such luck" in str(caught.failures)
+        finally:
+            setattr(zipslicer.distributed._File, name, usual)
+    load(state, storage_reader=reader)
+    return good and state["epoch"] == 3 and bool((state["w"] == 1).all())
 
 
 ALL = (

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import uuid
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -116,29 +117,40 @@ class StorageReader(_StorageReader):
         file = self._file
         assert file is not None, "read_metadata comes before read_data"
         try:
-            wanted: list[tuple[ReadItem, _Part, torch.Tensor]] = []
-            for item in file.in_order(plan.items):
-                if item.type == LoadItemType.BYTE_IO:
-                    planner.load_bytes(item, file.pickled(item.storage_index.fqn))
-                    continue
-                target = planner.resolve_tensor(item).detach()
-                part = _Part(
-                    item.storage_index.fqn, tuple(item.storage_offsets), tuple(item.lengths), str(target.dtype)
-                )
-                if self._group is None:
+            if self._group is None:
+                for item, part, target in self._resolved(file, plan, planner):
                     file.read(part, target)
                     planner.commit_tensor(item, target)
-                else:
-                    wanted.append((item, part, target))
-            if self._group is not None:
-                _Together(self._group, file).read({part: target for _, part, target in wanted})
-                for item, _, target in wanted:
-                    planner.commit_tensor(item, target)
+            else:
+                self._read_together(self._group, file, plan, planner)
         finally:
             self._close()
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _resolved(
+        self, file: _File, plan: LoadPlan, planner: LoadPlanner
+    ) -> Iterator[tuple[ReadItem, _Part, torch.Tensor]]:
+        """The tensors of a plan, and what of the file goes into them; other values are loaded on the way."""
+        for item in file.in_order(plan.items):
+            name = item.storage_index.fqn
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, file.pickled(name))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            yield item, _Part(name, tuple(item.storage_offsets), tuple(item.lengths), str(target.dtype)), target
+
+    def _read_together(self, group: dist.ProcessGroup, file: _File, plan: LoadPlan, planner: LoadPlanner) -> None:
+        wanted: list[tuple[ReadItem, _Part, torch.Tensor]] = []
+        error: Exception | None = None
+        try:
+            wanted += self._resolved(file, plan, planner)
+        except Exception as caught:  # the other ranks must hear of it before they wait for this one
+            error = caught
+        _Together(group, file).read({part: target for _, part, target in wanted}, error)
+        for item, _, target in wanted:
+            planner.commit_tensor(item, target)
 
     def _close(self) -> None:
         if self._file is not None:
@@ -236,15 +248,18 @@ class _Together:
         self._group, self._file = group, file
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
-    def read(self, targets: dict[_Part, torch.Tensor]) -> None:
-        """Fill the targets. Raises: as reading does; RuntimeError where another rank could not."""
-        error: Exception | None = None
+    def read(self, targets: dict[_Part, torch.Tensor], error: Exception | None = None) -> None:
+        """Fill the targets, unless there is an `error` already, which is raised once all ranks know of it.
+
+        Raises: as reading does; RuntimeError where another rank could not.
+        """
         shared: list[_Shared] = []
         said = self._told(list(targets))
-        try:
-            shared = self._plan(said, targets)
-        except Exception as caught:
-            error = caught
+        if error is None:
+            try:
+                shared = self._plan(said, targets)
+            except Exception as caught:
+                error = caught
         others = self._told(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
