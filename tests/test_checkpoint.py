@@ -136,6 +136,21 @@ def test_arguments_that_mean_nothing(bad: dict[str, Any], error: type[Exception]
         zipslicer.open(saved({"w": torch.zeros(1)}), **bad)
 
 
+def test_what_is_asked_of_a_checkpoint_in_place_of_its_tensors() -> None:
+    checkpoint = zipslicer.open(saved({"w": torch.zeros(1)}))
+    with pytest.raises(AttributeError, match=r"has no 'keys': \.tensors\.keys has"):
+        checkpoint.keys()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"has no 'nonsense'$"):
+        checkpoint.nonsense  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(TypeError, match=r"\.tensors has those"):
+        checkpoint["w"]  # type: ignore[index]
+    model = zipslicer.load(saved(torch.nn.Linear(2, 2)))
+    with pytest.raises(AttributeError, match=r"zipslicer\.open\(\.\.\.\)\.tensors"):
+        model.load_into(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="device"):
+        zipslicer.load(saved({}), "pt")
+
+
 def test_a_window_of_a_larger_file(tmp_path: Any) -> None:
     one, two = saved({"w": torch.zeros(1)}), saved({"w": torch.ones(1)})
     path = tmp_path / "both"

@@ -240,7 +240,7 @@ def test_convert_and_extract(model: Path, tmp_path: Path, capsys: pytest.Capture
     status, out, _ = ran(capsys, "convert", model, made, "--verify")
     assert status == 0
     assert out.splitlines() == [
-        "wrote 6 tensors, 168 B, read again and equal", f"  {made}", "  no tensors, left out: epoch",
+        "wrote 6 tensors, 168 B, read again and equal", f"  {made}", "  left out, being no tensors: epoch",
     ]  # fmt: skip
     status, out, _ = ran(capsys, "extract", model, tmp_path / "one.pth", "layer1.*", "--strip", "layer1.", "--json")
     assert json.loads(out)[0]["tensors"] == 2

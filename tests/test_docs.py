@@ -57,6 +57,7 @@ def test_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     layers = {f"layer{i}.0.weight": torch.ones(4, 4) for i in range(1, 5)}
     torch.save({**layers, "lm_head.weight": torch.ones(2000, 4)}, "model.pth")
     torch.save(torch.nn.Linear(2, 2), "whole_model.pt")
+    torch.save({"state_dict": layers, "epoch": 3}, "training.ckpt")
     names: dict[str, Any] = {}
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     assert blocks

@@ -224,6 +224,26 @@ def test_a_dtype_that_is_none(path: Path, bad: Any, error: type[Exception]) -> N
         sd.load_into({}, strict=False, dtype=bad)
 
 
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (("module.weight", "module.bias"), "module."),
+        (("module.weight", "module.bias", "step"), "module."),
+        (("other.weight", "bias"), "other."),
+        (("x.weight", "y.bias"), None),
+        (("weights", "biases"), None),
+    ],
+)
+def test_a_prefix_of_all_names_is_told(tmp_path: Path, names: tuple[str, ...], prefix: str | None) -> None:
+    torch.save(dict.fromkeys(names, torch.ones(2, 2)), tmp_path / "m.pth")
+    module = nn.Linear(2, 2)
+    module.bias = nn.Parameter(torch.zeros(2, 2))
+    with zipslicer.load(tmp_path / "m.pth") as sd, pytest.raises(RuntimeError, match="Missing key") as caught:
+        sd.load_into(module)
+    hint = f"key_map=lambda key: key.removeprefix({prefix!r})"
+    assert (hint in str(caught.value)) if prefix else ("removeprefix" not in str(caught.value))
+
+
 def test_key_map_and_edits(tmp_path: Path) -> None:
     torch.save({"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2), "step": 3}, tmp_path / "m.pth")
     module = nn.Linear(2, 2)

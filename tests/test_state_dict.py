@@ -493,6 +493,19 @@ def test_a_defaultdict_stays_one() -> None:
     assert made["none"] == []
 
 
+def test_a_missing_key_says_where_it_may_be() -> None:
+    nested = loaded({"state_dict": {"a.weight": torch.ones(2)}, "epoch": 3})
+    with pytest.raises(KeyError, match=r"\['state_dict'\]\['a.weight'\], or in zipslicer.open") as caught:
+        nested["state_dict.a.weight"]
+    assert nested["state_dict"]["a.weight"].tolist() == [1, 1]
+    with pytest.raises(KeyError, match="which has 'state_dict', 'epoch'"):
+        nested["layers"]
+    assert "near" not in str(caught.value)
+    many = loaded({f"{i}": torch.ones(1) for i in range(20)})
+    with pytest.raises(KeyError, match=r"'layers' is not in this checkpoint$"):
+        many["layers"]
+
+
 def test_get_tensors(sd: Any) -> None:
     made = sd.get_tensors([3, "w"])
     assert list(made) == [3, "w"]

@@ -140,6 +140,16 @@ def test_a_case_made_elsewhere_goes_through_save(row: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_name_that_says_safetensors(tmp_path: Path) -> None:
+    for write in (lambda path: zipslicer.save({"w": torch.ones(1)}, path), zipslicer.Writer):
+        with pytest.raises(ValueError, match=r"zipslicer\.convert writes safetensors"):
+            write(tmp_path / "a.safetensors")
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="another format"):
+        zipslicer.convert(tmp_path / "a.pth", tmp_path / "a.safetensors", format="torch")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_tensors_of_any_kind(tmp_path: Path) -> None:
     base = torch.arange(24.0).view(4, 6)
     parameter = torch.nn.Parameter(base.clone(), requires_grad=False)

@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .archive import Archive, is_swapped
 from .backend import Entry, choose
@@ -54,6 +54,17 @@ class Checkpoint:
     def __init__(self, view: View) -> None:
         self._view = view
         self._tensors: LazyStateDict | None = None
+
+    if not TYPE_CHECKING:  # which would take every name for one
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": .tensors.{name} has, and what load() returns, .root" if hasattr(LazyStateDict, name) else ""
+            raise AttributeError(f"a Checkpoint has no {name!r}{hint}")
+
+        def __getitem__(self, key: object) -> Any:
+            raise TypeError(
+                "a Checkpoint has no keys itself: .tensors has those of all tensors, .root is what load() returns"
+            )
 
     @property
     def path(self) -> str | None:

@@ -102,7 +102,7 @@ def convert(
         keys: names or globs of the tensors that are wanted.
         key_map: new names by the old ones, as a function or a mapping; None leaves a tensor out.
         max_shard_size: bytes of tensors in a file; or text: "5GB".
-        format: "safetensors", "torch" or "dcp", whatever `dst` is called.
+        format: "safetensors", "torch" or "dcp", where the name of `dst` does not say it.
         verify: read all once more, and compare.
         progress: show a bar of bytes (needs tqdm).
         options: for `open`, where `src` is not open yet.
@@ -166,6 +166,8 @@ def _format_of(path: str, wanted: str | None) -> str:
     """Raises: ValueError."""
     if wanted is not None and wanted not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {wanted!r}")
+    if wanted == "torch" and path.endswith(".safetensors"):
+        raise ValueError(f"{path!r} says another format than {wanted!r}")
     if is_metadata(path):
         raise ValueError(f"{path!r} is a file of a folder: name the folder, with a slash at its end")
     if wanted is not None:

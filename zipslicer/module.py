@@ -466,9 +466,23 @@ class _Loading:
         told += [f"{key}: {why}" for key, why in mismatches[:SHOWN]]
         if len(mismatches) > SHOWN:
             told.append(f"and {len(mismatches) - SHOWN} more that do not fit")
+        if self.strict and (prefix := _prefix(missing, unexpected)):
+            told.append(
+                f"The names in the file begin with {prefix!r}: key_map=lambda key: key.removeprefix({prefix!r}) takes it off."
+            )
         if told:
             lines = "\n\t".join(told)
             raise RuntimeError(f"Error(s) in loading state_dict for {name}:\n\t{lines}")
+
+
+def _prefix(missing: Sequence[Any], unexpected: Sequence[Any]) -> str:
+    """What stands before all missing names in the file, as DataParallel and compile() leave it; "" where there is none."""
+    names = [key for key in unexpected if isinstance(key, str)]
+    for key in names if missing and isinstance(missing[0], str) else ():
+        if key.endswith(missing[0]):
+            prefix = key.removesuffix(missing[0])
+            return prefix if {f"{prefix}{name}" for name in missing} <= set(names) else ""
+    return ""
 
 
 def _cuts(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[Any, ...]]:

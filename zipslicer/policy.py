@@ -274,11 +274,15 @@ def dtype_named(name: str) -> int:
 
 def dtype_of(dtype: Any) -> int:
     """The same of a dtype of torch or NumPy, or of its name. Raises: ValueError."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
-    name = name.removeprefix("torch.")
+    name = _dtype_name(dtype)
     if all(name != known.name for known in DTYPES):
         raise ValueError(f"torch has no storages of dtype {dtype!r}")
     return dtype_named(name)
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
+    return str(name).removeprefix("torch.")
 
 
 def is_floating(dtype: int) -> bool:
@@ -289,10 +293,11 @@ def is_floating(dtype: int) -> bool:
 
 def floating_index(dtype: Any) -> int:
     """The place in DTYPES of such a one, however it is given. Raises: ValueError."""
-    index = dtype_of(dtype)
-    if not is_floating(index):
-        raise ValueError(f"tensors are cast to floating-point dtypes, and {dtype!r} is none")
-    return index
+    name = _dtype_name(dtype)
+    names = {each.name: index for index, each in enumerate(DTYPES) if is_floating(index)}
+    if name not in names:
+        raise ValueError(f"tensors are cast to a floating-point dtype ({', '.join(names)}), and {dtype!r} is none")
+    return names[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +340,13 @@ def machine_limits(limits: Limits, refuse_unknown: bool, dialect: int = Dialect.
     )
 
 
+# What people ask for of a mapping or a module, for which they take a placeholder that is the root of a file.
+_OF_A_MAPPING = frozenset({
+    "keys", "values", "items", "get", "get_meta", "get_slice", "get_tensor", "load_into", "materialize", "select", "stream",
+    "parameters", "state_dict",
+})  # fmt: skip
+
+
 class Placeholder:
     """Stands for what the file names and zipslicer does not build: inert, and readable.
 
@@ -362,7 +374,8 @@ class Placeholder:
                 found = _held(about, name, about.items)
                 if found is not NOT_PLAIN:
                     return found
-        raise AttributeError(f"placeholder of {_quoted(about.qualified)} has no attribute {name!r} in the file")
+        hint = "; its tensors are in zipslicer.open(...).tensors" if name in _OF_A_MAPPING else ""
+        raise AttributeError(f"placeholder of {_quoted(about.qualified)} has no attribute {name!r} in the file{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a placeholder cannot be changed")

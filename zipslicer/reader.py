@@ -14,6 +14,7 @@ import functools
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,8 @@ class ReadOptions:
         known = where is None or isinstance(where, (str, int, dict)) or callable(where)
         if isinstance(where, bool) or not (known or type(where).__name__ == "device"):
             raise TypeError(f"map_location is a device, a dict, a callable or None, not {type(where).__name__}")
+        if isinstance(where, str) and (torch := sys.modules.get("torch")) is not None:  # only torch knows its devices
+            torch.device(where)
 
     def _check_for_arrays(self) -> None:
         where = self.map_location

@@ -54,6 +54,7 @@ SHOWN = 24  # keys of a repr
 GLOB = frozenset("*?[")
 AHEAD_COUNT, AHEAD_NBYTES = 16, 1 << 20  # tensors, or bytes, from which on a thread that reads ahead is worth its start
 LOOKED_AT, LOOKED_LIKE = 20_000, 200  # keys, and characters of one, in the search for near ones: its cost is quadratic
+FEW = 8  # keys, which are all named where one is missing
 PLAIN = (dict, list, tuple, set, bytearray)
 Patterns = Union[str, Iterable[str]]
 
@@ -454,8 +455,16 @@ class MissingKeyError(KeyError):
         if not isinstance(key, str) or len(key) > LOOKED_LIKE:
             return f"{summary(key)} is not in this checkpoint"
         names = [k for k in itertools.islice(self._keys, LOOKED_AT) if isinstance(k, str) and len(k) <= LOOKED_LIKE]
-        near = difflib.get_close_matches(key, names, 3)
-        return f"{key!r} is not in this checkpoint" + (f"; near it: {', '.join(map(repr, near))}" if near else "")
+        said = f"{key!r} is not in this checkpoint"
+        for name in names:
+            if key.startswith(f"{name}."):
+                rest = key.removeprefix(f"{name}.")
+                return (
+                    f"{said}; if {name!r} holds others, it is [{name!r}][{rest!r}], or in zipslicer.open(...).tensors"
+                )
+        if near := difflib.get_close_matches(key, names, 3):
+            return f"{said}; near it: {', '.join(map(repr, near))}"
+        return f"{said}, which has {', '.join(map(repr, names))}" if 0 < len(names) <= FEW else said
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MissingKeyError, (self.args[0], ())
@@ -483,7 +492,8 @@ class LazyStateDict(Lazy, MutableMapping[Any, Any]):
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         raise TypeError(
-            "a LazyStateDict comes from zipslicer.load(path); for a plain dict of its tensors call .materialize()"
+            "zipslicer.load makes a LazyStateDict, and nothing else does; who wants to make one like it, as an optimizer's "
+            "load_state_dict does, takes its .materialize()"
         )
 
     @classmethod

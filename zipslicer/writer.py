@@ -75,11 +75,13 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
 
     Raises:
         OSError: from the system. The old file is then still there, as after every other error.
-        ValueError: two tensors see one memory as different dtypes, which this format cannot say.
+        ValueError: two tensors see one memory as different dtypes, which this format cannot say; or the name ends in
+            ".safetensors", which is another.
         TypeError, AttributeError: something cannot be pickled.
         UnsupportedError; and what reading raises, where `obj` is of an open file.
     """
     cast_to = None if dtype is None else floating_index(dtype)
+    _refuse_name(path)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(output_of(path))
         obj = _root(obj) if isinstance(obj, Checkpoint) else obj
@@ -201,6 +203,7 @@ class Writer(Group):
 
     def __init__(self, path: Any, *, dtype: Any = None, framework: str = "pt", metadata: Any = None) -> None:
         cast_to = None if dtype is None else floating_index(dtype)
+        _refuse_name(path)
         self._resources = contextlib.ExitStack()
         self._output = self._resources.enter_context(output_of(path))
         try:
@@ -517,6 +520,15 @@ def _root_of(path: Any) -> str:
     name = os.path.basename(os.fspath(path).replace("\\", "/")).rpartition(".")
     root = name[0] if name[1] else name[2]
     return root if root and root.isascii() and root.isprintable() else "archive"
+
+
+def _refuse_name(path: Any) -> None:
+    """One that says safetensors: whoever reads it would believe that."""
+    if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(".safetensors"):
+        raise ValueError(
+            f"{os.fspath(path)!r} would be an archive of torch.save: zipslicer.convert writes safetensors files, out of what "
+            "is in files, and safetensors.torch.save_file those of tensors in memory"
+        )
 
 
 def _is_numpy(framework: str, obj: Any = None) -> bool:

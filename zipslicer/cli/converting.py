@@ -44,7 +44,7 @@ def _converted(src: Any, options: argparse.Namespace, say: Say) -> tuple[int, di
     for what, names in (
         ("tied, written once", tied),
         ("shared memory, now by themselves", found.untied),
-        ("no tensors, left out", found.left_out),
+        ("left out, being no tensors", found.left_out),
     ):
         if names:
             more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
