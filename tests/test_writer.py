@@ -139,7 +139,18 @@ def test_a_case_made_elsewhere_goes_through_save(row: dict[str, Any], tmp_path: 
 # ---------------------------------------------------------------- tensors of this process
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_dtype_that_would_change_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="all of this process"):
+        zipslicer.save({"w": torch.ones(2)}, tmp_path / "a.pth", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    zipslicer.save({"epoch": 3}, tmp_path / "a.pth", dtype=torch.float16)
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.pth")
+    sd = zipslicer.load(tmp_path / "b.pth")
+    sd["own"] = torch.ones(2)
+    zipslicer.save(sd, tmp_path / "c.pth", dtype=torch.float16)
+    assert [value.dtype for value in torch.load(tmp_path / "c.pth").values()] == [torch.float16, torch.float32]
+
+
 def test_a_name_that_says_safetensors(tmp_path: Path) -> None:
     for write in (lambda path: zipslicer.save({"w": torch.ones(1)}, path), zipslicer.Writer):
         with pytest.raises(ValueError, match=r"zipslicer\.convert writes safetensors"):
@@ -150,6 +161,7 @@ def test_a_name_that_says_safetensors(tmp_path: Path) -> None:
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_tensors_of_any_kind(tmp_path: Path) -> None:
     base = torch.arange(24.0).view(4, 6)
     parameter = torch.nn.Parameter(base.clone(), requires_grad=False)

@@ -75,8 +75,8 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
 
     Raises:
         OSError: from the system. The old file is then still there, as after every other error.
-        ValueError: two tensors see one memory as different dtypes, which this format cannot say; or the name ends in
-            ".safetensors", which is another.
+        ValueError: two tensors see one memory as different dtypes, which this format cannot say; the name ends in
+            ".safetensors", which is another; or `dtype` is given, and nothing is of an open file.
         TypeError, AttributeError: something cannot be pickled.
         UnsupportedError; and what reading raises, where `obj` is of an open file.
     """
@@ -91,6 +91,10 @@ def save(obj: Any, path: Any, *, dtype: Any = None, framework: str = "pt", progr
         records = Records(archive, _is_numpy(framework, obj), bar, cast_to)
         pickler = Pickler(records)
         records.write(pickler, obj)
+        if cast_to is not None and records.are_all_live:
+            raise ValueError(
+                "dtype= casts tensors of open files, and these are all of this process: cast them with .to(dtype)"
+            )
         finish(archive, pickler)
         output.commit()
 
@@ -279,6 +283,11 @@ class Records:
         self._filed: dict[tuple[int, int, int | None], _Filed] = {}
         self._needed: dict[tuple[int, int], tuple[int, int]] = {}  # of a table's storage: the bytes [first, last)
         self._buffer: memoryview | None = None
+
+    @property
+    def are_all_live(self) -> bool:
+        """Whether there are storages, and all are of this process."""
+        return bool(self._live) and not self._filed
 
     def begin(self, value: Any) -> None:
         """Look at what is written next, as one."""
