@@ -501,6 +501,8 @@ def is_same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+PATH: tuple[str, ...] = ("a", "b") if sys.version_info < (3, 14) else ("a/b",)  # what is pickled of a path
+
 # --- what goes in -----------------------------------------------------------------------------------------------------
 
 TYPED = (
@@ -1092,7 +1094,7 @@ def foreign_objects(folder: Path) -> Outcome:
         "point": Inert(f"{TRAP}.Point", (1, t[6]), new=True),
         "partial": Inert("functools.partial", (function,), state=(function, (t[8],), {"k": 2}, None)),
         "datetime": Inert("datetime.datetime", (when.__reduce_ex__(2)[1][0],)),
-        "path": Inert(f"{pathlib.PurePosixPath.__module__}.PurePosixPath", ("a", "b")),
+        "path": Inert(f"{pathlib.PurePosixPath.__module__}.PurePosixPath", PATH),
         "simple": Inert("types.SimpleNamespace", state={"q": t[9]}),
         "deque": Inert("collections.deque", ((), 3), list_items=(1, 2)),
         "exception": Inert("exceptions.ValueError", ("x",)),  # as Python 2 called the module, and protocol 2 still does

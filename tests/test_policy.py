@@ -538,7 +538,7 @@ SHOWN = {
     "attribute dict": (Hyper(lr=0.1), f"{HERE}.Hyper({{'lr': 0.1}})"),
     "namedtuple": (Point(1, "a"), f"{HERE}.Point(1, 'a')"),
     "enum": (Shade.DARK, f"{HERE}.Shade('dark')"),
-    "path": (pathlib.PurePosixPath("a/b"), f"{pathlib.PurePosixPath.__module__}.PurePosixPath('a', 'b')"),
+    "path": (pathlib.PurePosixPath("a"), f"{pathlib.PurePosixPath.__module__}.PurePosixPath('a')"),
     "datetime": (dt.datetime(2024, 1, 2, 3, 4), "datetime.datetime(2024-01-02T03:04:00)"),
     "date": (dt.date(2024, 1, 2), "datetime.date(2024-01-02)"),
     "time": (dt.time(1, 2), "datetime.time(01:02:00)"),

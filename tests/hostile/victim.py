@@ -73,6 +73,8 @@ class Watch:
             self.on = True
 
     def _is_reading(self, event: str, args: tuple[Any, ...]) -> bool:
+        if event in ("_thread.start_new_thread", "_thread.start_joinable_thread"):  # heard from Python 3.12 on
+            return "ThreadPoolExecutor" in repr(args[0])  # files of an index are opened by several threads
         if event == "os.listdir" or event == "os.scandir":
             return bool(args[0] == self.path)
         if event != "open":
