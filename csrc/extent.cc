@@ -566,7 +566,8 @@ void read_unproved(Reader& reader, const Archive& archive, std::size_t record, s
   const std::uint64_t header = header_of(entry);
   unsigned char scratch[kHeaderRoom];
   const std::size_t room = header_room(entry, predicted);
-  const bool near = predicted - header <= kHeaderRoom && start <= kHeaderRoom - (predicted - header);
+  // For no bytes there is nothing to read up to: then a file may end before them.
+  const bool near = to.nbytes != 0 && predicted - header <= kHeaderRoom && start <= kHeaderRoom - (predicted - header);
   if (near) {
     iovec parts[] = {{scratch, room + static_cast<std::size_t>(start)}, {to.data, to.nbytes}};
     fill(reader, parts, 2, header);

@@ -310,6 +310,29 @@ def test_records(
         assert [buffer[3:-2] for buffer in at_once[1][:-1]] == [result[1] for result in one_by_one[:-1]]
 
 
+@pytest.mark.parametrize("start", [0, 1, 4000, 5000, 8100, 8999])
+@pytest.mark.parametrize("nbytes", [0, 1])
+def test_a_record_that_was_cut_behind_its_header(native: Any, path: Path, start: int, nbytes: int) -> None:
+    """No bytes of it can be had, as there is nothing to read; where one is missing is told alike, near its header or not."""
+    archive = makers.Zip()
+    record = archive.add("archive/data/0", bytes(9000))
+    content = archive.finish().data
+    offset, size, count = _pure.find_directory(content, 0, 0)
+    block = content[offset : offset + size]
+    entries, _ = _pure.parse_directory(block, count, offset, 0)
+    job = array("q", (0, start, nbytes, 0, 0)).tobytes()
+    found = []
+    with opened(content[: record.payload_offset], path, 0) as (handle, stamp):
+        for backend in (_pure, native):
+            one = outcome(backend.read_record, handle, stamp, block, bytearray(entries), 0, start, nbytes)
+            buffer = bytearray(nbytes)
+            several = outcome(backend.read_records, handle, stamp, block, bytearray(entries), job, [buffer], 1)
+            found.append((one, several))
+    assert found[0] == found[1]
+    assert found[0][0] == (("came", b"") if nbytes == 0 else (ChangedError, found[0][0][1], None))
+    assert (found[0][1][0] == "came") == (nbytes == 0)
+
+
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     wrong=strategies.rarely(4),

@@ -39,7 +39,7 @@ TENSOR = struct.Struct("=9q")  # a row of backend.Graph.tensors
 TENSOR_KIND = 11  # backend.Kind.TENSOR
 DIRECT_NBYTES = 4096  # backend.DIRECT_NBYTES
 DIRECT_FROM = 1 << 20  # backend.DIRECT_FROM
-HEADER_ROOM = 4096  # bytes between a header and the wanted start that one preadv reads along
+HEADER_ROOM = 8 << 10  # bytes between a header and the wanted start that one preadv reads along
 
 PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
@@ -336,7 +336,8 @@ def _read_unproved(
     The guess is handed over, not read again: another thread may have written the truth in its place since.
     """
     header = memoryview(entries).cast("q")[record * ENTRY_FIELDS]
-    near = guess - header + start <= HEADER_ROOM
+    # For no bytes there is nothing to read up to: then a file may end before them.
+    near = len(view) > 0 and guess - header + start <= HEADER_ROOM
     if near:
         head = bytearray(guess - header + start)
         _fill(preadv, [memoryview(head), view], header)
