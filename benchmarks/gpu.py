@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from make_files import many, tiny
 from report import ROOT, grid, show
+from run import machine
 from safetensors.torch import save_file
 from sample import forget_peak, proc_bytes, read_once
 
@@ -336,12 +334,10 @@ def main() -> None:
     if options.only:
         print(shown)
         return
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    cores = f"{len(os.sched_getaffinity(0))} cores of {cpu.group(1) if cpu else platform.machine()}"
-    safetensors = importlib.metadata.version("safetensors")
+    facts = machine()
     about = [
-        f"{torch.cuda.get_device_name(GPU)}, {cores}, Linux {platform.release().split('-')[0]}",
-        f"Python {platform.python_version()}, torch {torch.__version__}, safetensors {safetensors}",
+        f"{torch.cuda.get_device_name(GPU)}, {facts['cores']} cores of {facts['cpu']}, {facts['system']}",
+        f"Python {facts['python']}, torch {facts['torch']}, safetensors {facts['safetensors']}",
         f"{time.strftime('%Y-%m-%d')}. {options.samples} fresh processes each, in turn; medians.",
     ]
     parts = [

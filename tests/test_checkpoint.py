@@ -13,6 +13,7 @@ import pytest
 from makers import Pickle
 
 import zipslicer
+from zipslicer.checkpoint import _Terms
 
 torch = pytest.importorskip("torch")
 
@@ -134,6 +135,14 @@ def test_weights_only_false_warns_and_changes_nothing() -> None:
 def test_arguments_that_mean_nothing(bad: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(bad))):
         zipslicer.open(saved({"w": torch.zeros(1)}), **bad)
+
+
+def test_what_is_allowed_is_what_was_said_when_it_was_opened() -> None:
+    """Shards are opened when they are touched, with check=False; the caller's mapping may be another by then."""
+    allow = {"pkg.Config": dict}
+    terms = _Terms("placeholder", allow, zipslicer.Limits(), None, "data.pkl")
+    allow.clear()
+    assert terms.allow == {"pkg.Config": dict}
 
 
 def test_what_is_asked_of_a_checkpoint_in_place_of_its_tensors() -> None:

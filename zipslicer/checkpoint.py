@@ -276,6 +276,7 @@ class _Terms:
             raise ValueError(f'unknown must be "placeholder" or "error", not {self.unknown!r}')
         if not isinstance(self.allow, Mapping):
             raise TypeError(f"allow maps dotted names to classes; it is no {type(self.allow).__name__}")
+        object.__setattr__(self, "allow", dict(self.allow))  # a shard may be opened later, by what was said now
         if not isinstance(self.limits, Limits):
             raise TypeError(f"limits are zipslicer.Limits, not {type(self.limits).__name__}")
         window: Any = self.window

@@ -38,7 +38,7 @@ from .program import ARGS, Builder
 from .source import OpenFile
 from .table import Leaf, Row, TensorTable
 
-__all__ = ["SMALL_TO", "Pause", "ReadOptions", "RowReader", "below", "cpu_quota", "default_threads"]
+__all__ = ["SMALL_TO", "Pause", "ReadOptions", "RowReader", "below", "check_dtype", "cpu_quota", "default_threads"]
 
 SMALL_TO = (2 << 20) - (2 << 20) // 21  # bytes; from here on a tensor is worth huge pages, which allocate() gives
 ALIGNED = 16  # bytes, of which a mapped tensor's place must be a multiple: its largest element has so many
@@ -73,10 +73,7 @@ class ReadOptions:
         if self.framework == "np":
             self._check_for_arrays()
             return
-        if isinstance(self.dtype, str):
-            floating_index(self.dtype)
-        elif self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
-            raise TypeError(f"dtype must be a floating-point torch.dtype, not {self.dtype!r}")
+        check_dtype(self.dtype)
         where = self.map_location
         known = where is None or isinstance(where, (str, int, dict)) or callable(where)
         if isinstance(where, bool) or not (known or type(where).__name__ == "device"):
@@ -90,6 +87,14 @@ class ReadOptions:
             raise ValueError(f'arrays are on the CPU: map_location={where!r} needs framework="pt"')
         if self.dtype is not None:
             object.__setattr__(self, "dtype", floating_dtype(self.dtype))
+
+
+def check_dtype(given: Any) -> None:
+    """What is to be a floating-point dtype of torch, its name, or None. Raises: TypeError, ValueError."""
+    if isinstance(given, str):
+        floating_index(given)
+    elif given is not None and not getattr(given, "is_floating_point", False):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, not {given!r}")
 
 
 @functools.cache

@@ -321,10 +321,13 @@ class Records:
 
     def array(self, value: Any) -> Kept | None:
         """A NumPy array; one of this machine's byte order, and of a dtype that torch has."""
-        is_known = any(dtype.name == str(value.dtype) for dtype in DTYPES)
-        if not self._arrays or not is_known or not value.dtype.isnative:
+        if not self._arrays or not value.dtype.isnative:
             return None
-        return self.chunked(value.nbytes, views_of(value, dtype_named(str(value.dtype))))
+        try:
+            dtype = dtype_of(value.dtype)
+        except ValueError:
+            return None
+        return self.chunked(value.nbytes, views_of(value, dtype))
 
     def chunked(self, nbytes: int, parts: Iterable[Any]) -> Kept:
         """A storage out of buffers."""
